@@ -1,0 +1,389 @@
+"""Images in, augmented batches on the device out.
+
+Three sources behind one interface: `shapes` (generated here), `cifar10` (torchvision's), and a
+folder of images. Each becomes an InMemory set (small images: one uint8 tensor on the device, cut
+and flipped there in batches) or a Streamed set (everything else: files, decoded and augmented by
+DataLoader workers). Both have
+
+    len(images), images.classes, images.batches(indices, seed)
+
+What happens to an image depends on the seed, the epoch and its index, and on nothing else: not on
+the batch that it is in, the number of workers or processes, or where a run was interrupted.
+"""
+
+import hashlib
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from deepmim import BadInput
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, which published MAE weights expect
+STD = torch.tensor([0.229, 0.224, 0.225])
+SMALL_IMAGE = 64         # sides up to this are kept decoded …
+DECODED_BYTES = 2 << 30  # … where all of them together take no more than this
+CROP_SHIFT = 4           # small images move by up to this many pixels at 32 × 32, as is usual for CIFAR
+
+
+def randomness(*key):
+    """A generator of its own for each key, say (seed, "order", epoch): any step's draws can be repeated alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def epoch_order(n, batch_size, seed, epoch):
+    """A shuffled epoch, (steps, batch_size) indices below n; a last, smaller batch is left out, as in MAE's code."""
+    steps = n // batch_size
+    order = torch.randperm(n, generator=randomness(seed, "order", epoch))
+    return order[: steps * batch_size].view(steps, batch_size)
+
+
+def normalize(images):
+    """uint8 images (B, C, H, H) to float32 by ImageNet's mean and deviation; grey ones by their averages over colours."""
+    mean, std = (MEAN, STD) if images.shape[1] == 3 else (MEAN.mean()[None], STD.mean()[None])
+    mean, std = (x.to(images.device)[:, None, None] for x in (mean, std))
+    return (images.float() / 255 - mean) / std
+
+
+def to_pixels(images):
+    """The inverse of normalize, as floats cut off to 0 … 1, for drawing."""
+    mean, std = (MEAN, STD) if images.shape[1] == 3 else (MEAN.mean()[None], STD.mean()[None])
+    mean, std = (x.to(images.device)[:, None, None] for x in (mean, std))
+    return (images.float() * std + mean).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------- small: in memory
+
+
+class InMemory:
+    """Small images as one uint8 tensor (n, C, H, H) on the device, with labels (n,), −1 where there are none."""
+
+    def __init__(self, images, labels, classes, image_size, device):
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+        self.classes = classes
+        self.image_size = image_size
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, indices, seed=None):
+        """Yield (images (B, C, image_size, image_size) float32, labels (B,)) for each tensor of indices (B,).
+
+        With a seed every image is moved by a few pixels and half of them are flipped; without, nothing is random.
+        """
+        if seed is not None:
+            reach = round(CROP_SHIFT * self.images.shape[-1] / 32)
+            generator = randomness(seed, "crop and flip")
+            shift = torch.randint(-reach, reach + 1, (len(self), 2), generator=generator)
+            flip = torch.rand(len(self), generator=generator) < 0.5
+        for ids in indices:
+            here = ids.to(self.images.device)
+            images = self.images[here]
+            if seed is not None:
+                images = crop_and_flip(images, shift[ids].to(images.device), flip[ids].to(images.device))
+            if images.shape[-1] != self.image_size:
+                images = v2.functional.resize(images, self.image_size, v2.InterpolationMode.BICUBIC)
+            yield normalize(images), self.labels[here]
+
+
+def crop_and_flip(images, shift, flip):
+    """Move images (B, C, H, H) by shift (B, 2) rows and columns, mirrored at the border; flip (B,) left to right.
+
+    The same as padding by reflection and cropping, each image at its own place, in one look-up.
+    """
+    batch, _, side, _ = images.shape
+    line = torch.arange(side, device=images.device)
+    rows = mirrored(line + shift[:, :1], side)                      # (B, H)
+    columns = mirrored(line + shift[:, 1:], side)                   # (B, H)
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    image = torch.arange(batch, device=images.device)[:, None, None]
+    cut = images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # (B, H, H, C)
+    return cut.permute(0, 3, 1, 2)                                  # (B, C, H, H)
+
+
+def mirrored(index, side):
+    """Indices that leave 0 … side − 1 by less than side come back as in a mirror at the border pixel."""
+    index = index.abs()
+    return torch.where(index < side, index, 2 * (side - 1) - index)
+
+
+# ----------------------------------------------------------------------------------- any size: streamed
+
+
+class Files(Dataset):
+    """Image files, decoded and transformed one by one; what a DataLoader worker holds."""
+
+    def __init__(self, paths, labels, transform, channels, seed=None):
+        self.paths, self.labels, self.transform = paths, labels, transform
+        self.channels, self.seed = channels, seed
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        image = read_image(self.paths[index], self.channels)
+        if self.seed is None:
+            image = self.transform(image)
+        else:
+            with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
+                torch.default_generator.manual_seed(randomness(self.seed, "transform", index).initial_seed())
+                image = self.transform(image)
+        return v2.functional.pil_to_tensor(image), self.labels[index]
+
+
+class Streamed:
+    """Image files, decoded by `workers` processes as they are needed."""
+
+    def __init__(self, paths, labels, classes, image_size, channels, device, workers):
+        self.paths, self.labels, self.classes = paths, labels, classes
+        self.channels, self.device, self.workers = channels, device, workers
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.augment = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.2, 1), interpolation=bicubic),
+                                   v2.RandomHorizontalFlip()])
+        resized = image_size if image_size <= SMALL_IMAGE else round(image_size * 256 / 224)
+        self.view = v2.Compose([v2.Resize(resized, bicubic), v2.CenterCrop(image_size)])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def raw_batches(self, indices, seed=None):
+        """As batches, but uint8 and on the CPU."""
+        files = Files(self.paths, self.labels, self.view if seed is None else self.augment, self.channels, seed)
+        return DataLoader(files, batch_sampler=[ids.tolist() for ids in indices], num_workers=self.workers,
+                          pin_memory=torch.device(self.device).type == "cuda")
+
+    def batches(self, indices, seed=None):
+        """Yield (images (B, C, image_size, image_size) float32, labels (B,)) for each tensor of indices (B,).
+
+        With a seed: RandomResizedCrop 0.2 to 1 and flip. Without: resized, and cut at the centre.
+        """
+        for images, labels in self.raw_batches(indices, seed):
+            yield normalize(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+
+
+def read_image(path, channels):
+    """Decode a file to a Pillow image of 1 or 3 channels, whatever it holds: grey, palette, CMYK, RGBA, 16 bits."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadInput(f"{path}: not an image that can be read ({error}); repair or remove it") from None
+    if image.mode.startswith("I"):  # Pillow's own conversion cuts 16-bit values off at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+# ------------------------------------------------------------------------------------ the sources
+
+
+class Data(NamedTuple):
+    """Images to train on and images held out; train.classes is None where there are no labels."""
+
+    train: InMemory | Streamed
+    held_out: InMemory | Streamed
+
+
+def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, progress=True):
+    """The Data called name: "shapes", "cifar10", or a directory.
+
+    limit keeps that many training images, always the same ones. Raises BadInput.
+    """
+    if channels not in (1, 3):
+        raise BadInput(f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
+    if name in ("shapes", "cifar10"):
+        train, held_out = make_shapes_data() if name == "shapes" else cifar10()
+        parts = []
+        for images, labels, classes in (train, held_out):
+            images = images if channels == 3 else v2.functional.rgb_to_grayscale(images)
+            keep = limited(len(images), limit if not parts else None)
+            parts.append(InMemory(images[keep], labels[keep], classes, image_size, device))
+        return Data(*parts)
+
+    parts = []
+    for paths, labels, classes in folder(Path(name)):
+        keep = limited(len(paths), limit if not parts else None).tolist()
+        part = Streamed([paths[i] for i in keep], [labels[i] for i in keep], classes,
+                        image_size, channels, device, workers)
+        small = image_size <= SMALL_IMAGE and len(part) * channels * image_size**2 <= DECODED_BYTES
+        parts.append(decode(part, image_size, progress) if small else part)
+    return Data(*parts)
+
+
+def limited(n, limit):
+    """The indices of `limit` of n images, the same in every run; all of them, in order, without a limit."""
+    if limit is None:
+        return torch.arange(n)
+    if not 1 <= limit <= n:
+        raise BadInput(f"--limit: {limit} must be from 1 to the number of training images, {n}")
+    return torch.randperm(n, generator=randomness("limit"))[:limit].sort().values
+
+
+def decode(part, image_size, progress):
+    """A Streamed set of small images as an InMemory one, decoded once, by all workers, with a progress bar."""
+    images = torch.empty(len(part), part.channels, image_size, image_size, dtype=torch.uint8)
+    chunks = torch.arange(len(part)).split(256)
+    bar = tqdm(total=len(part), desc="decoding", unit="img", leave=False, disable=None if progress else True)
+    for ids, (batch, _) in zip(chunks, part.raw_batches(chunks)):
+        images[ids] = batch
+        bar.update(len(ids))
+    bar.close()
+    return InMemory(images, torch.tensor(part.labels), part.classes, image_size, part.device)
+
+
+def cifar10(root="data"):
+    """CIFAR-10 by torchvision, in ./data, downloaded when missing: two of (images, labels, class names)."""
+    try:
+        parts = [datasets.CIFAR10(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"--data cifar10: neither in ./{root} nor to be downloaded ({error}); put cifar-10-batches-py "
+                       f"there, or use --data shapes or --data DIR with train/<class>/ and test/<class>/") from None
+    return [(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets), part.classes)
+            for part in parts]
+
+
+def folder(root):
+    """The images of a directory: (paths, labels, classes) to train on, and the same held out.
+
+    root/train/<class>/* with root/val or root/test beside it has labels. Anything else is images without
+    labels (−1, classes None), of which one in twenty is held out where there is no val or test.
+    """
+    if not root.is_dir():
+        raise BadInput(f"--data: {str(root)!r} is neither shapes, cifar10, nor a directory")
+    train = root / "train" if (root / "train").is_dir() else root
+    beside = next((root / name for name in ("val", "test") if (root / name).is_dir() and train != root), None)
+    classes = sorted(d.name for d in train.iterdir() if d.is_dir()) if train != root and not images_in(train, deep=False) else []
+    if classes and beside is None:
+        raise BadInput(f"--data: {root} has train/ but neither val/ nor test/ beside it")
+    parts = [labelled(part, classes) for part in (train, beside) if part]
+    if not parts[0][0]:
+        raise BadInput(f"--data: no images in {train}; it should hold files such as .jpg and .png, or train/<class>/ with them")
+    if beside is None:
+        paths = [parts[0][0][i] for i in torch.randperm(len(parts[0][0]), generator=randomness("held out"))]
+        kept = math.ceil(len(paths) / 20)
+        parts = [(part, [-1] * len(part), None) for part in (sorted(paths[kept:]), sorted(paths[:kept]))]
+    return parts
+
+
+def labelled(directory, classes):
+    """(paths, labels, classes) of directory/<class>/*, or of all images below directory where classes is empty."""
+    if not classes:
+        paths = images_in(directory)
+        return paths, [-1] * len(paths), None
+    found = sorted(d.name for d in directory.iterdir() if d.is_dir())
+    if found != classes:
+        differ = ", ".join(sorted(set(found) ^ set(classes)))
+        raise BadInput(f"--data: {directory} must have the classes of the training images; these are in one only: {differ}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = images_in(directory / name)
+        if not files:
+            raise BadInput(f"--data: {directory / name} has no images; add some or remove the class")
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels, classes
+
+
+def images_in(directory, deep=True):
+    """The image files below a directory, or directly in it, sorted; symbolic links to folders are not followed."""
+    paths = []
+    for place, _, names in os.walk(directory):
+        paths += [os.path.join(place, name) for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
+        if not deep:
+            break
+    return sorted(paths)
+
+
+# ------------------------------------------------------------------------------------------ shapes
+
+
+def polygon(u, v, points, inner):
+    """Below zero inside a regular star of `points` corners at radius 1 and notches at radius `inner`."""
+    sector = math.pi / points
+    angle = torch.remainder(torch.atan2(v, u) + sector, 2 * sector) - sector  # folded onto one corner
+    radius = torch.hypot(u, v)
+    x, y = radius * angle.cos(), radius * angle.sin().abs()
+    notch_x, notch_y = inner * math.cos(sector), inner * math.sin(sector)
+    length = math.hypot(notch_y, 1 - notch_x)
+    return ((x - 1) * notch_y + y * (1 - notch_x)) / length
+
+
+def square(u, v):
+    """The larger distance from the two axes: its level sets are squares."""
+    return torch.maximum(u.abs(), v.abs())
+
+
+FIGURES = {  # of the coordinates u, v of each pixel, in radii of the figure: below zero inside, about a distance
+    "crescent": lambda u, v: torch.maximum(torch.hypot(u, v) - 1, 0.8 - torch.hypot(u - 0.5, v)),
+    "cross": lambda u, v: torch.minimum(torch.maximum(u.abs() - 1, v.abs() - 0.3), torch.maximum(u.abs() - 0.3, v.abs() - 1)),
+    "disc": lambda u, v: torch.hypot(u, v) - 0.9,
+    "frame": lambda u, v: (square(u, v) - 0.65).abs() - 0.17,
+    "half-disc": lambda u, v: torch.maximum(torch.hypot(u + 0.4, v) - 1, -0.4 - u),
+    "hexagon": lambda u, v: polygon(u, v, 6, math.cos(math.pi / 6)),
+    "ring": lambda u, v: (torch.hypot(u, v) - 0.75).abs() - 0.18,
+    "square": lambda u, v: square(u, v) - 0.75,
+    "star": lambda u, v: polygon(u, v, 5, 0.42),
+    "triangle": lambda u, v: polygon(u, v, 3, 0.5),
+}
+
+
+def make_shapes(n, seed, side=32):
+    """Generate n pictures (n, 3, side, side) uint8 with labels (n,): one of FIGURES before a textured background.
+
+    Colour, place, size, rotation and texture say nothing about the class, and a bar crosses each
+    picture, so that neither a histogram nor a single patch gives the class away.
+    """
+    generator = randomness("shapes", seed)
+    labels = torch.randint(len(FIGURES), (n,), generator=generator)
+
+    def draw(low, high, *shape):
+        return torch.empty(n, *shape, 1, 1).uniform_(low, high, generator=generator)
+
+    line = torch.arange(side, dtype=torch.float32) + 0.5
+    y, x = line[None, :, None], line[None, None, :]
+
+    def wave():  # stripes of random direction, length and phase, −1 … 1
+        angle, rate, phase = draw(0, 2 * math.pi), draw(0.15, 0.9), draw(0, 2 * math.pi)
+        return torch.sin(rate * (x * angle.cos() + y * angle.sin()) + phase)
+
+    base = draw(0.1, 0.9, 3)
+    texture = (0.5 * wave() + 0.5 * wave() * wave())[:, None]                     # (n, 1, side, side)
+    image = base + draw(-0.22, 0.22, 3) * texture                                 # (n, 3, side, side)
+
+    radius = draw(6, 11)
+    middle = side / 2
+    place_x, place_y = draw(-1, 1) * (side / 2 - 0.85 * radius), draw(-1, 1) * (side / 2 - 0.85 * radius)
+    angle = draw(0, 2 * math.pi)
+    right, down = (x - middle - place_x) / radius, (y - middle - place_y) / radius
+    u, v = right * angle.cos() + down * angle.sin(), down * angle.cos() - right * angle.sin()
+    distance = torch.empty(n, side, side)
+    for label, figure in enumerate(FIGURES.values()):
+        of_class = labels == label
+        distance[of_class] = figure(u[of_class], v[of_class])
+    inside = (0.5 - distance * radius).clamp(0, 1)[:, None]                       # soft edge, one pixel wide
+    colour = (base + draw(0.3, 0.7, 3)).remainder(1) + 0.08 * wave()[:, None]     # away from the background's
+    image = image + inside * (colour - image)
+
+    angle = draw(0, 2 * math.pi)
+    across = ((x - middle) * angle.cos() + (y - middle) * angle.sin() - draw(-12, 12)).abs()
+    bar = (draw(0.5, 1.5) + 0.5 - across).clamp(0, 1)[:, None]
+    image = image + bar * (draw(0, 1, 3) - image)
+    return image.mul_(255).round_().clamp_(0, 255).to(torch.uint8), labels
+
+
+def make_shapes_data():
+    """10,000 training and 2,000 test pictures, always the same: two of (images, labels, class names)."""
+    return [(*make_shapes(n, seed), list(FIGURES)) for n, seed in ((10_000, "train"), (2_000, "test"))]

@@ -1,0 +1,443 @@
+"""DeepMIM: deep supervision for masked image modelling, in one file.
+
+Cut an image into patches, hide most of them, encode the rest, and let a small decoder guess what
+was hidden. That is MAE (He et al. 2021, arXiv 2111.06377). DeepMIM (Ren et al. 2023, arXiv
+2303.08817) puts such a decoder not only after the last block of the encoder but also after some
+blocks before it, so that shallow blocks are taught directly and not only through those above them.
+
+Read from top to bottom: the sizes, patches and masks, the Transformer block, the encoder, the
+decoder, the targets, the loss, and the whole. In the shape comments
+
+    B images in a batch     N = (H / P)²   patches of an image      D   width of the encoder
+    C channels of an image  V = N (1 − r)  patches that stay visible  d   width of a decoder
+    P side of a patch       T = 1 + patches, tokens with the class token first
+
+"MAE's code" is github.com/facebookresearch/mae, "timm" github.com/huggingface/pytorch-image-models.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+class BadInput(ValueError):
+    """Something that the user gave can't be used; the message says what, and what would be right."""
+
+
+# ---------------------------------------------------------------------------------------- sizes
+
+
+@dataclass
+class Config:
+    """The sizes of a model, checked on construction. The defaults are the paper's ViT-B/16.
+
+    taps    the blocks, counted from 1, that a decoder follows; the last block must be among them.
+            (12,) alone is MAE.
+    alphas  the share of the image in the hybrid target of each decoder but the last (paper, hybrid
+            targets), in 0 … 1. None means evenly spaced from 0: (0, 1/3, 2/3) for four taps.
+
+    Raises BadInput, a ValueError, with the message "field: what would be right".
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    channels: int = 3
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    decoder_dim: int = 512
+    decoder_depth: int = 4
+    decoder_heads: int = 16
+    taps: tuple[int, ...] = (6, 8, 10, 12)
+    alphas: tuple[float, ...] | None = None
+    mask_ratio: float = 0.75
+    norm_pix: bool = True
+
+    def __post_init__(self):
+        self.taps = tuple(self.taps)
+        between = len(self.taps) - 1
+        if self.alphas is None:
+            self.alphas = tuple(i / between for i in range(between))
+        self.alphas = tuple(self.alphas)
+
+        for field in ("image_size", "patch_size", "channels", "dim", "depth", "heads",
+                      "decoder_dim", "decoder_depth", "decoder_heads"):
+            value = getattr(self, field)
+            self._require(type(value) is int and value > 0, field, f"{value!r} must be a positive whole number")
+        for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
+            width, n = getattr(self, dim), getattr(self, heads)
+            self._require(width % n == 0, dim, f"{width} must be divisible by {heads}, {n}")
+            self._require(width % 4 == 0, dim, f"{width} must be divisible by 4, for 2-D sine-cosine positions")
+        self._require(self.image_size % self.patch_size == 0, "image_size",
+                      f"{self.image_size} must be divisible by patch_size, {self.patch_size}")
+        self._require(all(type(t) is int and 1 <= t <= self.depth for t in self.taps), "taps",
+                      f"{self.taps} must be blocks from 1 to {self.depth}, the depth")
+        self._require(list(self.taps) == sorted(set(self.taps)), "taps", f"{self.taps} must increase")
+        self._require(self.depth in self.taps, "taps", f"{self.taps} must end with the last block, {self.depth}")
+        self._require(len(self.alphas) == between, "alphas",
+                      f"{len(self.alphas)} given, {between} needed: one for each tap but the last")
+        self._require(all(0 <= a <= 1 for a in self.alphas), "alphas", f"{self.alphas} must lie in 0 to 1")
+        self._require(0 < self.mask_ratio < 1, "mask_ratio", f"{self.mask_ratio} must lie between 0 and 1")
+        self._require(self.visible >= 1, "mask_ratio",
+                      f"{self.mask_ratio} leaves none of the {self.patches} patches visible")
+
+    @staticmethod
+    def _require(condition, field, message):
+        if not condition:
+            raise BadInput(f"{field}: {message}")
+
+    @property
+    def patches(self):
+        """N, the patches of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def visible(self):
+        """V, the patches that stay visible; rounded down, as in MAE's code."""
+        return int(self.patches * (1 - self.mask_ratio))
+
+    @property
+    def patch_dim(self):
+        """P·P·C, the numbers in a patch."""
+        return self.patch_size**2 * self.channels
+
+
+# ---------------------------------------------------------------------------- patches and masks
+
+
+def patchify(images, patch_size):
+    """Cut square images (B, C, H, H) into patches (B, N, P·P·C), row by row.
+
+    Inside a patch the order is (row, column, channel), as in MAE's code. Raises ValueError where
+    the side isn't a multiple of patch_size.
+    """
+    if images.shape[-1] != images.shape[-2] or images.shape[-1] % patch_size:
+        raise ValueError(f"images must be square with a side divisible by {patch_size}, not {tuple(images.shape)}")
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches, patch_size):
+    """The exact inverse of patchify: patches (B, N, P·P·C) to square images (B, C, H, H)."""
+    side = round(patches.shape[1] ** 0.5)
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=patch_size, q=patch_size)
+
+
+def random_masking(noise, mask_ratio):
+    """Choose the patches to hide: the int(N · (1 − mask_ratio)) with the smallest noise stay visible.
+
+    noise (B, N), usually uniform. Returns
+      ids_keep     (B, V) the visible patches, by rising noise
+      ids_restore  (B, N) where each patch stands in the order by noise; the inverse permutation
+      mask         (B, N) float, 1 = hidden, 0 = visible
+    The noise is an argument, so that a mask can be repeated: the same noise gives the same mask as
+    `random_masking` in MAE's code.
+    """
+    batch, patches = noise.shape
+    visible = int(patches * (1 - mask_ratio))
+    ids_shuffle = noise.argsort(dim=1)        # (B, N)
+    ids_restore = ids_shuffle.argsort(dim=1)  # (B, N)
+    ids_keep = ids_shuffle[:, :visible]       # (B, V)
+    mask = (ids_restore >= visible).float()   # (B, N)
+    return ids_keep, ids_restore, mask
+
+
+def take_patches(x, ids):
+    """From patches x (B, N, D) those at ids (B, V), in that order: (B, V, D)."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def sine_cosine_positions(dim, side):
+    """Fixed 2-D positions (1, 1 + side², dim) in −1 … 1: a row of zeros for the class token, then patches row by row.
+
+    The first half of the width encodes the column, the second half the row, each as sines, then
+    cosines, of dim / 4 frequencies from 1 down to nearly 1/10000. As `get_2d_sincos_pos_embed` in MAE's code.
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, dim / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)                    # (side, dim / 2)
+    columns = line[None, :, :].expand(side, side, -1)                        # (row, column, dim / 2)
+    rows = line[:, None, :].expand(side, side, -1)
+    grid = torch.cat([columns, rows], dim=2).flatten(0, 1)                   # (side², dim)
+    return torch.cat([torch.zeros(1, dim), grid.float()])[None]              # (1, 1 + side², dim)
+
+
+# ---------------------------------------------------------------------------- Transformer block
+
+
+def attend(q, k, v):
+    """Softmax attention: q, k, v (B, heads, T, D / heads) to (B, heads, T, D / heads).
+
+    PyTorch's fused kernel, except for bfloat16 on a CPU, where the formula written out took between
+    a seventh and a half of its time, forward and backward, at every size that the presets use.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return attention_map(q, k) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention_map(q, k):
+    """softmax(q kᵀ / √(D / heads)): who looks where, (B, heads, T, T), each row summing to 1."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, dim) to (B, T, dim). Names as in timm's `Attention`."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x):
+        """The queries, keys and values of x (B, T, dim), each (B, heads, T, dim / heads)."""
+        return rearrange(self.qkv(x), "b t (three heads d) -> three b heads t d", three=3, heads=self.heads)
+
+    def forward(self, x):
+        q, k, v = self.split(x)
+        return self.proj(rearrange(attend(q, k, v), "b heads t d -> b t (heads d)"))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a GELU, four times as wide inside, (B, T, dim) to (B, T, dim)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block, (B, T, dim) to (B, T, dim). Names as in timm's `Block`.
+
+    `drop_path` does nothing here: fine-tuning puts stochastic depth in its place.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_weights(module):
+    """MAE's initialisation: Xavier uniform for matrices, with the patch projection seen as one; zero biases."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.zeros_(module.bias)
+
+
+# -------------------------------------------------------------------------------------- encoder
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of each patch to a token, (B, N, P·P·C) to (B, N, dim).
+
+    The weight is stored as the equivalent convolution (kernel and stride P), which is how timm and
+    MAE's code name and shape it. Applied to patches, it need only see the visible ones.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
+
+    def forward(self, patches):
+        return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
+
+
+class ViT(nn.Module):
+    """The encoder, a Vision Transformer (Dosovitskiy et al. 2020) without a classifier.
+
+    Parameter names and shapes equal those of timm's `VisionTransformer` and of MAE's encoder, so
+    weights move between the three with no renaming. Positions are sines and cosines, not trained.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim).normal_(std=0.02))
+        positions = sine_cosine_positions(config.dim, config.image_size // config.patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList([Block(config.dim, config.heads) for _ in range(config.depth)])
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.apply(init_weights)
+
+    def embed(self, images, ids_keep=None):
+        """Images (B, C, H, H) to the tokens that enter the first block: (B, 1 + N, D), or (B, 1 + V, D) with ids_keep (B, V)."""
+        patches = patchify(images, self.patch_size)                  # (B, N, P·P·C)
+        positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)  # (B, N, D)
+        if ids_keep is not None:
+            patches, positions = take_patches(patches, ids_keep), take_patches(positions, ids_keep)  # N becomes V
+        tokens = self.patch_embed(patches) + positions               # (B, V, D)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        return torch.cat([cls_token, tokens], dim=1)                 # (B, 1 + V, D)
+
+    def forward(self, images, ids_keep=None, every_block=False):
+        """The normalised tokens of the last block, (B, T, D), class token first (timm's `forward_features`).
+
+        With ids_keep (B, V) the encoder sees those patches only. With every_block=True it returns a
+        pair: the same tokens, and a list of the raw output (B, T, D) of each block, for taps and probes.
+        """
+        tokens = self.embed(images, ids_keep)
+        outputs = []
+        for block in self.blocks:
+            tokens = block(tokens)
+            outputs.append(tokens)
+        tokens = self.norm(tokens)
+        return (tokens, outputs) if every_block else tokens
+
+
+# -------------------------------------------------------------------------------------- decoder
+
+
+class Decoder(nn.Module):
+    """A shallow Transformer that paints every patch from the tokens of the visible ones (paper and MAE, decoder)."""
+
+    def __init__(self, config):
+        super().__init__()
+        dim = config.decoder_dim
+        self.embed = nn.Linear(config.dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))
+        positions = sine_cosine_positions(dim, config.image_size // config.patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.blocks = nn.ModuleList([Block(dim, config.decoder_heads) for _ in range(config.decoder_depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pred = nn.Linear(dim, config.patch_dim)
+        self.apply(init_weights)
+
+    def forward(self, tokens, ids_keep):
+        """Tokens (B, 1 + V, D) of the patches ids_keep (B, V) to a prediction of all patches, (B, N, P·P·C)."""
+        tokens = self.embed(tokens)                                          # (B, 1 + V, d)
+        batch, _, dim = tokens.shape
+        cls_token, visible = tokens[:, :1], tokens[:, 1:]
+        masked = self.mask_token.to(tokens.dtype).expand(batch, self.pos_embed.shape[1] - 1, dim)  # (B, N, d)
+        patches = masked.scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, dim), visible)  # visible ones back in place
+        x = torch.cat([cls_token, patches], dim=1) + self.pos_embed          # (B, 1 + N, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, 1:]))                                # (B, N, P·P·C)
+
+
+# -------------------------------------------------------------------------------------- targets
+
+
+def patch_statistics(patches):
+    """Mean and standard deviation of each patch, (B, N, P·P·C) to two (B, N, 1), as MAE's code takes them."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def pixel_targets(images, patch_size, norm_pix):
+    """x: the patches of images (B, C, H, H), (B, N, P·P·C); with norm_pix each by its own mean and deviation (MAE, section 3)."""
+    x = patchify(images, patch_size)
+    if norm_pix:
+        mean, deviation = patch_statistics(x)
+        x = (x - mean) / deviation
+    return x
+
+
+def hybrid_targets(x, x_hat, alphas):
+    """t_i = α_i x + (1 − α_i) x̂, one per α: what intermediate decoder i is asked for (paper, hybrid targets).
+
+    x and x_hat (B, N, P·P·C) must be in one space, pixels or normalised patches. A small α asks for
+    the teacher's blurred x̂, which is easier; α = 1 asks for the image itself.
+    """
+    return [alpha * x + (1 - alpha) * x_hat for alpha in alphas]
+
+
+# ----------------------------------------------------------------------------------------- loss
+
+
+def reconstruction_loss(prediction, target, mask):
+    """Mean squared error on the hidden patches only, a scalar ≥ 0 (MAE, section 3).
+
+    prediction, target (B, N, P·P·C); mask (B, N), 1 = hidden.
+    """
+    error = (prediction.float() - target).square().mean(dim=-1)  # (B, N)
+    return (error * mask).sum() / mask.sum()
+
+
+def paint(prediction, images, mask, patch_size, norm_pix):
+    """A prediction (B, N, P·P·C) as pictures (B, C, H, H): predicted where hidden, the image where visible.
+
+    A model with norm_pix predicts each patch only up to its mean and deviation, so that its raw
+    output looks like colourful noise. To be seen, it is given those of the image's own patch.
+    """
+    patches, prediction = patchify(images, patch_size), prediction.float()
+    if norm_pix:
+        mean, deviation = patch_statistics(patches)
+        prediction = prediction * deviation + mean
+    return unpatchify(torch.where(mask.bool().unsqueeze(-1), prediction, patches), patch_size)
+
+
+# ------------------------------------------------------------------------------------ the whole
+
+
+class Output(NamedTuple):
+    """What DeepMIM returns."""
+
+    loss: torch.Tensor               # (), the sum over taps
+    losses: torch.Tensor             # (taps,), one per tap
+    predictions: list[torch.Tensor]  # taps × (B, N, P·P·C)
+    mask: torch.Tensor               # (B, N), 1 = hidden
+
+
+class DeepMIM(nn.Module):
+    """One encoder, and a decoder of its own for each tap. With a single tap, after the last block, it is MAE."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = ViT(config)
+        self.decoders = nn.ModuleList([Decoder(config) for _ in config.taps])
+
+    def forward(self, images, noise=None, teacher=None):
+        """Hide, encode, decode, compare: images (B, C, H, H) to an Output.
+
+        noise (B, N) decides the mask, see random_masking; drawn here if it is None. With a teacher,
+        a frozen DeepMIM that sees the same visible patches, intermediate targets are hybrid.
+        """
+        if noise is None:
+            noise = torch.rand(len(images), self.config.patches, device=images.device)
+        ids_keep, _, mask = random_masking(noise, self.config.mask_ratio)
+
+        last, outputs = self.encoder(images, ids_keep, every_block=True)  # depth × (B, 1 + V, D)
+        tapped = [outputs[tap - 1] for tap in self.config.taps[:-1]] + [last]  # only the last is normalised
+        predictions = [decoder(tokens, ids_keep) for decoder, tokens in zip(self.decoders, tapped)]
+
+        x = pixel_targets(images, self.config.patch_size, self.config.norm_pix)  # (B, N, P·P·C)
+        targets = [x] * len(predictions)
+        if teacher is not None:
+            check_teacher(self.config, teacher.config)
+            x_hat = teacher.reconstruct(images, ids_keep)
+            targets = [*hybrid_targets(x, x_hat, self.config.alphas), x]
+
+        losses = torch.stack([reconstruction_loss(p, t, mask) for p, t in zip(predictions, targets)])
+        return Output(losses.sum(), losses, predictions, mask)
+
+    @torch.no_grad()
+    def reconstruct(self, images, ids_keep):
+        """x̂ (B, N, P·P·C): the last decoder's prediction from the patches ids_keep (B, V), without gradients."""
+        return self.decoders[-1](self.encoder(images, ids_keep), ids_keep).float()
+
+
+def check_teacher(student, teacher):
+    """Raise BadInput unless the two Configs cut an image alike and predict in the same space."""
+    for field in ("image_size", "patch_size", "channels", "norm_pix"):
+        ours, theirs = getattr(student, field), getattr(teacher, field)
+        if ours != theirs:
+            raise BadInput(f"teacher: {field} is {theirs}, the student's {ours}; they must agree")

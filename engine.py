@@ -1,0 +1,439 @@
+"""What the scripts share: options, device and processes, schedule, optimiser, checkpoints, log.
+
+Each part stands alone; train.py and finetune.py put them together in a plain loop.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pickle
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from deepmim import BadInput, Config
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the choice of a back end that needs no screen
+
+# --------------------------------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line, exit status 2, and which knows presets."""
+
+    def __init__(self, description="", add_help=True):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         allow_abbrev=False, add_help=add_help)
+
+    def error(self, message):
+        raise BadInput(message)
+
+    def parse(self, presets, default):
+        """The options given on the command line, over those of --preset, over the defaults."""
+        self.add_argument("--preset", choices=presets, default=default, help="sets data, model and recipe together")
+        first = Parser(add_help=False)
+        first.add_argument("--preset", default=default)
+        preset = first.parse_known_args()[0].preset
+        self.set_defaults(**presets.get(preset, {}))
+        return self.parse_args()
+
+
+def numbers(kind):
+    """A parser of comma-separated numbers, for argparse: "6,8,10,12" or, with Fraction, "0,1/3,2/3"."""
+    def parse(text):
+        try:
+            return tuple(float(n) if isinstance(n, Fraction) else n for n in map(kind, text.split(",") if text else ()))
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 6,8,10,12 or 0,1/3,2/3") from None
+    return parse
+
+
+def positive(kind, zero=False):
+    """A parser of one finite number above zero, or, with zero=True, not below it."""
+    def parse(text):
+        value = kind(text)  # argparse reports a ValueError itself
+        if not (value > 0 or (zero and value == 0)) or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {'zero or more' if zero else 'above zero'}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def add_model_options(parser):
+    """Config's fields as options: --image-size, --taps, --norm-pix/--no-norm-pix and so on."""
+    group = parser.add_argument_group("model")
+    for field in dataclasses.fields(Config):
+        option, text = "--" + field.name.replace("_", "-"), field.name.replace("_", " ")
+        if field.name == "norm_pix":
+            group.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default,
+                               help="targets are patches normalised by their own mean and variance")
+        elif field.name == "taps":
+            group.add_argument(option, type=numbers(int), default=field.default, help="blocks that a decoder follows")
+        elif field.name == "alphas":
+            group.add_argument(option, type=numbers(Fraction), default=None,
+                               help="share of the image in each hybrid target; evenly spaced when not given")
+        else:
+            group.add_argument(option, type=field.type, default=field.default, help=text)
+
+
+def add_common_options(parser):
+    """The options that every training script has."""
+    group = parser.add_argument_group("data and training")
+    group.add_argument("--data", default="shapes", help="shapes, cifar10, or a directory")
+    group.add_argument("--limit", type=positive(int), help="use this many training images")
+    group.add_argument("--epochs", type=positive(int), default=10, help="epochs")
+    group.add_argument("--batch-size", type=positive(int), default=64, help="images per step, over all processes")
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument("--lr", type=positive(float), help="peak learning rate; instead of --blr")
+    rate.add_argument("--blr", type=positive(float), default=1.5e-4, help="peak learning rate per 256 images of a batch")
+    group.add_argument("--min-lr", type=positive(float, zero=True), default=0.0, help="learning rate at the end")
+    group.add_argument("--warmup-epochs", type=positive(float, zero=True), default=1.0, help="epochs of linear warm-up")
+    group.add_argument("--weight-decay", type=positive(float, zero=True), default=0.05, help="AdamW's weight decay")
+    group.add_argument("--beta2", type=positive(float), default=0.95, help="AdamW's second momentum")
+    group.add_argument("--seed", type=int, default=0, help="seed of initialisation, order, augmentation and masks")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--out", help="directory of the run, by default runs/PRESET-METHOD")
+    group.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the best there is when not given")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
+                       help="mixed precision, where the hardware is built for it")
+    group.add_argument("--compile", action="store_true", help="compile the model: a slow start, then faster steps")
+    group.add_argument("--accumulate", type=positive(int), default=1, help="cut each step's batch into this many parts")
+    group.add_argument("--workers", type=positive(int, zero=True), default=min(8, os.cpu_count()),
+                       help="processes that decode images")
+    group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                       help="go on with the run in --out; with --no-resume it is overwritten")
+
+
+def config_from(options):
+    """The Config that the model options describe; raises BadInput that names the option."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
+    try:
+        return Config(**values)
+    except BadInput as error:
+        field, reason = str(error).split(": ", 1)
+        raise BadInput(f"--{field.replace('_', '-')}: {reason}") from None
+
+
+def run(main):
+    """Call main; end the process as a user expects: one line and status 2, 1 or 130, or a quiet 0."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        main()
+        status, message = 0, None
+    except BadInput as error:
+        status, message = 2, str(error)
+    except RunFailed as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted; the same command goes on after the last finished epoch"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if message and speaks:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+class RunFailed(RuntimeError):
+    """A run that can't go on though its input was good; the last checkpoint is intact."""
+
+
+# -------------------------------------------------------------------------- device and processes
+
+
+@dataclasses.dataclass
+class Machine:
+    """Where this process computes: its device, its place among the processes, its precision."""
+
+    device: torch.device
+    rank: int
+    world: int
+    dtype: torch.dtype  # of mixed precision; float32 means none
+
+    @property
+    def speaks(self):
+        """Whether this process prints and writes files: the first one does."""
+        return self.rank == 0
+
+    def __str__(self):
+        processes = f" × {self.world}" if self.world > 1 else ""
+        return f"{self.device.type}{processes}, {str(self.dtype).removeprefix('torch.')}"
+
+    def say(self, text):
+        """Print a line, once and not once per process."""
+        if self.speaks:
+            print(text, flush=True)
+
+    def autocast(self):
+        """The context in which a model runs in mixed precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def share(self, batch):
+        """This process's part of what belongs to a whole batch (B, …): (B / world, …)."""
+        return batch.chunk(self.world)[self.rank]
+
+    def mean(self, values):
+        """The average of a tensor over the processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values / self.world
+
+
+def start(options):
+    """Set up this process, alone or one of torchrun's, and return its Machine; raises BadInput."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if options.batch_size % (world * options.accumulate):
+        raise BadInput(f"--batch-size: {options.batch_size} must be divisible by {world} processes × "
+                       f"--accumulate {options.accumulate}")
+    device = torch.device(options.device or best_device())
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BadInput("--device: there is no cuda device here; leave the option out, or use cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput("--device: there is no mps device here; leave the option out, or use cpu")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(options.seed)
+    return Machine(device, rank, world, mixed_precision(device) if options.amp else torch.float32)
+
+
+def best_device():
+    """The name of the fastest kind of device at hand."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def mixed_precision(device):
+    """bfloat16 where the hardware computes in it, float16 on older GPUs, else float32, which means none."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
+    return torch.float32
+
+
+def distribute(model, machine, compile=False):
+    """The model, compiled if asked for, with its gradients averaged over the processes where there are several."""
+    if compile:
+        model.compile()
+    if machine.world == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[machine.device] if machine.device.type == "cuda" else None)
+
+
+def gradients_averaged(model, last):
+    """The context of a backward pass: processes average their gradients only in the last part of a step."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+# -------------------------------------------------------------------------- schedule and optimiser
+
+
+def peak_rate(options):
+    """--lr, or --blr scaled linearly with the batch (Goyal et al. 2017), as in MAE's code."""
+    return options.lr if options.lr else options.blr * options.batch_size / 256
+
+
+def learning_rate(step, steps, warmup, peak, minimum=0.0):
+    """The rate of `step`, from 0: a line up to `peak` over `warmup` steps, then half a cosine down to `minimum` at `steps`."""
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decays(name, parameter):
+    """Whether AdamW decays a parameter: matrices yes; biases, norms, tokens and positions no."""
+    return parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
+
+
+def make_optimizer(model, options):
+    """AdamW in two groups, with and without weight decay, of the parameters that are trained."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for name, p in trained if decays(name, p)], "weight_decay": options.weight_decay},
+              {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, options.beta2), fused=True)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def write(path, save):
+    """Call save(temporary path), then move the result to path in one step: a reader finds the old file or the new."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        save(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise RunFailed(f"{path}: not written ({error}); what was there is intact") from None
+
+
+def write_json(path, value):
+    """A value as a JSON file."""
+    write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def load(path):
+    """What torch.save put into a file, on the CPU, tensors and plain values only; raises BadInput, and runs no code of the file's."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}; a checkpoint such as runs/shapes-deepmim/model.pt is needed") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({str(error).splitlines()[0][:80]})") from None
+
+
+def load_model(path, norm_pix=True):
+    """(Config or None, state_dict with DeepMIM's names) of a pre-trained model.
+
+    Reads our own model.pt and the MAE reference checkpoints, {"model": …}. Those don't record their
+    settings: sizes follow from the weights, heads from MAE's published models, and norm_pix is the
+    caller's to say. Config is None for an encoder alone. Raises BadInput.
+    """
+    content = load(path)
+    state = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BadInput(f'{path}: not a model; {{"config": …, "model": …}} of ours or {{"model": …}} of MAE is needed')
+    if "config" in content:
+        try:
+            return Config(**content["config"]), state
+        except (TypeError, BadInput) as error:
+            raise BadInput(f"{path}: its config can't be used ({error})") from None
+    if "patch_embed.proj.weight" not in state:
+        raise BadInput(f"{path}: neither a model of ours nor an MAE checkpoint: patch_embed.proj.weight is missing")
+    return mae_config(state, norm_pix), {our_name(name): value for name, value in state.items()}
+
+
+def our_name(name):
+    """The name in DeepMIM of a weight in MAE's checkpoints, in which one model holds encoder and decoder."""
+    if name == "mask_token" or name.startswith("decoder_"):
+        return "decoders.0." + name.removeprefix("decoder_")
+    return "encoder." + name
+
+
+def mae_config(state, norm_pix):
+    """The Config of an MAE reference checkpoint, or None for an encoder alone."""
+    if "decoder_embed.weight" not in state:
+        return None
+    dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    decoder_dim = len(state["decoder_embed.weight"])
+    depth, decoder_depth = (len({name.split(".")[1] for name in state if name.startswith(prefix)})
+                            for prefix in ("blocks.", "decoder_blocks."))
+    side = math.isqrt(state["pos_embed"].shape[1] - 1)
+    heads = 16 if dim in (1024, 1280) else dim // 64  # ViT-L and ViT-H have 16 heads, smaller ones 64 wide heads
+    return Config(side * patch_size, patch_size, channels, dim, depth, heads, decoder_dim, decoder_depth,
+                  max(1, decoder_dim // 32), (depth,), (), norm_pix=norm_pix)
+
+
+def load_weights(module, state, path):
+    """Copy a state_dict into a module; every weight must be there, with its shape. Raises BadInput."""
+    own = module.state_dict()
+    for name, value in own.items():
+        if name not in state:
+            raise BadInput(f"{path}: {name} is missing")
+        if state[name].shape != value.shape:
+            raise BadInput(f"{path}: {name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}")
+    module.load_state_dict({name: state[name] for name in own})
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def draw_pictures(path, columns, title):
+    """Write a PNG with a column of pictures for each name: columns {name: (B, C, H, H) in 0 … 1}."""
+    rows = len(next(iter(columns.values())))
+    figure, axes = plt.subplots(rows, len(columns), figsize=(1.3 * len(columns), 1.3 * rows + 0.5), squeeze=False,
+                                layout="constrained")
+    for column, (name, pictures) in enumerate(columns.items()):
+        axes[0][column].set_title(name, fontsize=9)
+        for row, picture in enumerate(pictures.float().cpu().permute(0, 2, 3, 1)):
+            axes[row][column].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            axes[row][column].axis("off")
+    figure.suptitle(title, fontsize=9)
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------------ runs on disk
+
+
+MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset")
+
+
+class Run:
+    """The directory of a run: what was done, how to go on.
+
+    last.pt is written last in an epoch and holds everything that the next one needs, the log's lines
+    included; all other files follow from it. So a run that was killed loses at most the epoch in
+    progress, and repeats it to the same bytes.
+    """
+
+    def __init__(self, options, machine):
+        self.path, self.speaks = Path(options.out), machine.speaks
+        self.options = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
+        self.history, self.state = [], None
+        last = self.path / "last.pt"
+        if options.resume and last.exists():
+            self.state = load(last)
+            self._refuse_other_options(self.state["options"])
+            self.history = self.state["history"]
+
+    def _refuse_other_options(self, before):
+        names = sorted(set(before) | set(self.options))
+        differ = [f"--{name.replace('_', '-')} was {before.get(name)}, is {self.options.get(name)}"
+                  for name in names if before.get(name) != self.options.get(name)]
+        if differ:
+            raise BadInput(f"--out: {self.path} holds a run with other options ({'; '.join(differ)}); "
+                           "use the same ones, another --out, or --no-resume to overwrite it")
+
+    @property
+    def epoch(self):
+        """How many epochs are done."""
+        return len(self.history)
+
+    def restore(self, model, optimizer, scaler):
+        """Put the state after the last finished epoch into a model, its optimiser and gradient scaler."""
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            scaler.load_state_dict(self.state["scaler"])
+            self.state = None
+
+    def open(self):
+        """Make the directory; raises BadInput where that can't be."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out: {self.path} can't be made a directory ({error.strerror})") from None
+
+    def finish_epoch(self, record, model, optimizer, scaler, content, result=False):
+        """Write an epoch's files: model.pt with `content`, log.jsonl, result.json after the last one, and last.pt."""
+        self.history.append(record)
+        if not self.speaks:
+            return
+        write(self.path / "model.pt", lambda temporary: torch.save(content, temporary))
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write(self.path / "log.jsonl", lambda temporary: temporary.write_text(lines))
+        if result:
+            total = round(sum(line["seconds"] for line in self.history), 2)
+            write_json(self.path / "result.json", {**record, "seconds": total, "options": self.options})
+        state = {"options": self.options, "history": self.history, "model": model.state_dict(),
+                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        write(self.path / "last.pt", lambda temporary: torch.save(state, temporary))
