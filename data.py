@@ -159,8 +159,12 @@ class Streamed:
     def raw_batches(self, indices, seed=None):
         """As batches, but uint8 and on the CPU."""
         files = Files(self.paths, self.labels, self.view if seed is None else self.augment, self.channels, seed)
-        return DataLoader(files, batch_sampler=[ids.tolist() for ids in indices], num_workers=self.workers,
-                          pin_memory=torch.device(self.device).type == "cuda")
+        loader = DataLoader(files, batch_sampler=[ids.tolist() for ids in indices], num_workers=self.workers,
+                            pin_memory=torch.device(self.device).type == "cuda", generator=torch.Generator())
+        try:
+            yield from loader
+        except BadInput as error:  # from a worker its message comes inside a traceback, in the last line
+            raise BadInput(str(error).strip().splitlines()[-1].removeprefix("deepmim.BadInput: ")) from None
 
     def batches(self, indices, seed=None):
         """Yield (images (B, C, image_size, image_size) float32, labels (B,)) for each tensor of indices (B,).

@@ -367,7 +367,7 @@ def reconstruction_loss(prediction, target, mask):
 
     prediction, target (B, N, P·P·C); mask (B, N), 1 = hidden.
     """
-    error = (prediction.float() - target).square().mean(dim=-1)  # (B, N)
+    error = (prediction.to(target.dtype) - target).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
 
@@ -377,7 +377,8 @@ def paint(prediction, images, mask, patch_size, norm_pix):
     A model with norm_pix predicts each patch only up to its mean and deviation, so that its raw
     output looks like colourful noise. To be seen, it is given those of the image's own patch.
     """
-    patches, prediction = patchify(images, patch_size), prediction.float()
+    patches = patchify(images, patch_size)
+    prediction = prediction.to(patches.dtype)
     if norm_pix:
         mean, deviation = patch_statistics(patches)
         prediction = prediction * deviation + mean
@@ -432,7 +433,7 @@ class DeepMIM(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images, ids_keep):
         """x̂ (B, N, P·P·C): the last decoder's prediction from the patches ids_keep (B, V), without gradients."""
-        return self.decoders[-1](self.encoder(images, ids_keep), ids_keep).float()
+        return self.decoders[-1](self.encoder(images, ids_keep), ids_keep).to(images.dtype)
 
 
 def check_teacher(student, teacher):

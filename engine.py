@@ -17,6 +17,8 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
 
 from deepmim import BadInput, Config
@@ -292,12 +294,13 @@ def write_json(path, value):
 
 def load(path):
     """What torch.save put into a file, on the CPU, tensors and plain values only; raises BadInput, and runs no code of the file's."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file; a checkpoint such as runs/shapes-deepmim/model.pt is needed")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}; a checkpoint such as runs/shapes-deepmim/model.pt is needed") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({str(error).splitlines()[0][:80]})") from None
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({reason[:80]})") from None
 
 
 def load_model(path, norm_pix=True):
@@ -358,14 +361,16 @@ def load_weights(module, state, path):
 
 def draw_pictures(path, columns, title):
     """Write a PNG with a column of pictures for each name: columns {name: (B, C, H, H) in 0 … 1}."""
-    rows = len(next(iter(columns.values())))
-    figure, axes = plt.subplots(rows, len(columns), figsize=(1.3 * len(columns), 1.3 * rows + 0.5), squeeze=False,
+    rows, _, side, _ = next(iter(columns.values())).shape
+    gap = max(1, side // 16)
+    figure, axes = plt.subplots(1, len(columns), figsize=(1.3 * len(columns), 1.3 * rows + 0.6), squeeze=False,
                                 layout="constrained")
-    for column, (name, pictures) in enumerate(columns.items()):
-        axes[0][column].set_title(name, fontsize=9)
-        for row, picture in enumerate(pictures.float().cpu().permute(0, 2, 3, 1)):
-            axes[row][column].imshow(picture.squeeze(-1), cmap="gray", vmin=0, vmax=1)
-            axes[row][column].axis("off")
+    for axis, (name, pictures) in zip(axes[0], columns.items()):
+        below = F.pad(pictures.float().cpu(), (0, 0, 0, gap), value=1.0)     # (B, C, H + gap, H), white gaps
+        strip = rearrange(below, "b c h w -> (b h) w c")[:-gap].squeeze(-1)  # one tall picture
+        axis.imshow(strip.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(name, fontsize=9)
+        axis.axis("off")
     figure.suptitle(title, fontsize=9)
     write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     plt.close(figure)

@@ -140,13 +140,13 @@ def main():
     options = parse_options()
     config = engine.config_from(options)
     machine = engine.start(options)
-    teacher = load_teacher(options, config, machine.device)
+    model = DeepMIM(config)
+    teacher = load_teacher(options, config, machine.device)  # after the model, which starts the same without one
     images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers,
                        options.limit, machine.speaks)
     if options.batch_size > len(images.train):
         raise BadInput(f"--batch-size: {options.batch_size} is more than the {len(images.train)} training images")
 
-    model = DeepMIM(config)
     if options.init:
         _, state = engine.load_model(options.init)
         engine.load_weights(model.encoder, {name.removeprefix("encoder."): value for name, value in state.items()},

@@ -1,0 +1,200 @@
+"""Schedule, groups, checkpoints and options."""
+
+import json
+import math
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+import engine
+from deepmim import BadInput, Config, DeepMIM
+
+TINY = Config(8, 2, 3, 16, 2, 2, 8, 1, 2, (1, 2))
+
+
+# ------------------------------------------------------------------------------------- schedule
+
+
+def test_learning_rate_is_a_line_then_half_a_cosine():
+    rates = [engine.learning_rate(step, 100, 10, 2.0, 0.5) for step in range(101)]
+    assert rates[:11] == pytest.approx([0.2 * step for step in range(11)])
+    assert rates[55] == pytest.approx(1.25)
+    assert rates[100] == pytest.approx(0.5)
+    for step in range(10, 101):
+        assert rates[step] == pytest.approx(0.5 + 1.5 * (math.cos((step - 10) / 90 * math.pi) + 1) / 2)
+
+
+@pytest.mark.parametrize("lr, expected", [(None, 1.5e-4 * 4), (3e-3, 3e-3)])
+def test_peak_rate(lr, expected):
+    assert engine.peak_rate(Namespace(lr=lr, blr=1.5e-4, batch_size=1024)) == pytest.approx(expected)
+
+
+def test_only_matrices_decay_and_fixed_positions_are_not_trained():
+    model = DeepMIM(TINY)
+    decay, plain = engine.make_optimizer(model, Namespace(weight_decay=0.1, beta2=0.95)).param_groups
+    assert decay["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, rest = ({names[id(p)] for p in group["params"]} for group in (decay, plain))
+    assert decayed == {n for n in names.values() if n.endswith("weight") and "norm" not in n}
+    assert rest == {n for n in names.values() if n.endswith(("bias", "token")) or "norm" in n}
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def test_our_model_comes_back(tmp_path):
+    torch.save({"config": vars(TINY), "model": DeepMIM(TINY).state_dict()}, tmp_path / "model.pt")
+    config, state = engine.load_model(tmp_path / "model.pt")
+    assert config == TINY
+    engine.load_weights(DeepMIM(config), state, "model.pt")
+
+
+def mae_checkpoint(config):
+    """A model's weights under the names of MAE's code, as its `mae_vit_*` classes save them."""
+    state = {}
+    for name, value in DeepMIM(config).state_dict().items():
+        name = name.removeprefix("encoder.")
+        if name.startswith("decoders.0."):
+            name = name.removeprefix("decoders.0.")
+            name = name if name == "mask_token" else "decoder_" + name
+        state[name] = value
+    return state
+
+
+def test_an_mae_checkpoint_becomes_a_model(tmp_path):
+    config = Config(8, 2, 3, 64, 2, 1, 32, 8, 1, (2,), norm_pix=False)
+    state = mae_checkpoint(config)
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight", "norm.bias", "mask_token",
+            "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.7.mlp.fc2.bias", "decoder_norm.weight",
+            "decoder_pred.bias"} <= set(state)
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    found, ours = engine.load_model(tmp_path / "mae.pth", norm_pix=False)
+    assert found == config
+    model = DeepMIM(found)
+    engine.load_weights(model, ours, "mae.pth")
+    assert torch.equal(model.decoders[0].blocks[7].mlp.fc2.weight, state["decoder_blocks.7.mlp.fc2.weight"])
+
+
+@pytest.mark.parametrize("dim, depth, patch, heads", [(768, 12, 16, 12), (1024, 24, 16, 16), (1280, 32, 14, 16)])
+def test_sizes_of_the_published_mae_models(dim, depth, patch, heads):
+    with torch.device("meta"):
+        config = Config(224, patch, 3, dim, depth, heads, 512, 8, 16, (depth,), norm_pix=True)
+        assert engine.mae_config(mae_checkpoint(config), norm_pix=True) == config
+
+
+def test_an_mae_encoder_alone_has_no_config(tmp_path):
+    state = {name: value for name, value in mae_checkpoint(Config(8, 2, 3, 16, 2, 2, 8, 1, 2, (2,))).items()
+             if not name.startswith(("decoder", "mask"))}
+    torch.save({"model": state}, tmp_path / "encoder.pth")
+    config, ours = engine.load_model(tmp_path / "encoder.pth")
+    assert config is None and set(ours) == {"encoder." + name for name in DeepMIM(TINY).encoder.state_dict()}
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("make", [
+    lambda path: None,
+    lambda path: path.mkdir(),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_text("not a checkpoint"),
+    lambda path: torch.save({"config": vars(TINY), "model": Trap(path.parent / "ran")}, path),
+    lambda path: torch.save([1, 2], path),
+    lambda path: torch.save({"model": {"a": 1}}, path),
+    lambda path: torch.save({"model": {"a": torch.ones(1)}}, path),
+    lambda path: torch.save({"config": {"depht": 3}, "model": {}}, path),
+    lambda path: torch.save({"config": {"depth": 0}, "model": {}}, path),
+], ids=["missing", "directory", "empty", "text", "code", "list", "no tensors", "other", "other config", "bad config"])
+def test_bad_checkpoints_are_refused_and_run_nothing(tmp_path, make):
+    make(tmp_path / "model.pt")
+    with pytest.raises(BadInput, match="model.pt"):
+        engine.load_model(tmp_path / "model.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"config": vars(TINY), "model": DeepMIM(TINY).state_dict()}, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        engine.load_model(path)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda state: state.pop("encoder.norm.bias"), "encoder.norm.bias is missing"),
+    (lambda state: state.update({"encoder.norm.bias": torch.zeros(3)}), "norm.bias is \\(3,\\)"),
+])
+def test_weights_that_do_not_fit_are_refused(spoil, words):
+    state = DeepMIM(TINY).state_dict()
+    spoil(state)
+    with pytest.raises(BadInput, match=words):
+        engine.load_weights(DeepMIM(TINY), state, "model.pt")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    engine.write(path, lambda temporary: temporary.write_text("old"))
+
+    def disk_full(temporary):
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(engine.RunFailed, match="No space left"):
+        engine.write(path, disk_full)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# -------------------------------------------------------------------------------------- options
+
+
+def parse(monkeypatch, *arguments):
+    parser = engine.Parser("A test.")
+    engine.add_model_options(parser)
+    engine.add_common_options(parser)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return parser.parse({"small": {"dim": 16, "heads": 2, "epochs": 3}}, "small")
+
+
+def test_options_go_over_presets_over_defaults(monkeypatch):
+    options = parse(monkeypatch, "--heads", "4", "--taps", "3,12", "--alphas", "1/4", "--no-norm-pix")
+    assert (options.dim, options.heads, options.epochs, options.depth) == (16, 4, 3, 12)
+    config = engine.config_from(options)
+    assert config.taps == (3, 12) and config.alphas == (0.25,) and config.norm_pix is False
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--alphas", "0,1/0,1"], "--alphas"), (["--alphas", "a"], "--alphas"), (["--taps", "6,x"], "--taps"),
+    (["--epochs", "0"], "--epochs"), (["--epochs", "-1"], "--epochs"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
+    (["--lr", "0"], "--lr"), (["--workers", "-1"], "--workers"), (["--batch-size", "2.5"], "--batch-size"),
+    (["--preset", "huge"], "--preset"), (["--device", "tpu"], "--device"), (["--epoch", "3"], "--epoch"),
+    (["--lr", "1", "--blr", "1"], "--blr"), (["--depth", "6"], "--taps: .* from 1 to 6"), (["--mask-ratio", "1"], "--mask-ratio"),
+])
+def test_bad_options_are_named(monkeypatch, arguments, words):
+    with pytest.raises(BadInput, match=words):
+        engine.config_from(parse(monkeypatch, *arguments))
+
+
+# ------------------------------------------------------------------------------------ precision
+
+
+def test_bfloat16_is_for_hardware_that_computes_in_it(monkeypatch):
+    for abilities, expected in (({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+        assert engine.mixed_precision(torch.device("cpu")) == expected
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):  # an A100 and a T4
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+        assert engine.mixed_precision(torch.device("cuda")) == expected
+
+
+def test_json_is_written_as_json(tmp_path):
+    engine.write_json(tmp_path / "a.json", {"a": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2]}
