@@ -47,17 +47,21 @@ def epoch_order(n, batch_size, seed, epoch):
     return order[: steps * batch_size].view(steps, batch_size)
 
 
-def normalize(images):
-    """uint8 images (B, C, H, H) to float32 by ImageNet's mean and deviation; grey ones by their averages over colours."""
+def colour_statistics(images):
+    """ImageNet's mean and deviation as two (C, 1, 1) for images (B, C, H, H); for grey ones, averages over colours."""
     mean, std = (MEAN, STD) if images.shape[1] == 3 else (MEAN.mean()[None], STD.mean()[None])
-    mean, std = (x.to(images.device)[:, None, None] for x in (mean, std))
+    return mean.to(images.device)[:, None, None], std.to(images.device)[:, None, None]
+
+
+def normalize(images):
+    """uint8 images (B, C, H, H) as float32 with mean 0 and deviation 1 over ImageNet."""
+    mean, std = colour_statistics(images)
     return (images.float() / 255 - mean) / std
 
 
 def to_pixels(images):
     """The inverse of normalize, as floats cut off to 0 … 1, for drawing."""
-    mean, std = (MEAN, STD) if images.shape[1] == 3 else (MEAN.mean()[None], STD.mean()[None])
-    mean, std = (x.to(images.device)[:, None, None] for x in (mean, std))
+    mean, std = colour_statistics(images)
     return (images.float() * std + mean).clamp(0, 1)
 
 

@@ -58,37 +58,33 @@ class Config:
     norm_pix: bool = True
 
     def __post_init__(self):
-        self.taps = tuple(self.taps)
         between = len(self.taps) - 1
-        if self.alphas is None:
-            self.alphas = tuple(i / between for i in range(between))
-        self.alphas = tuple(self.alphas)
+        self.taps = tuple(self.taps)
+        self.alphas = tuple(i / between for i in range(between)) if self.alphas is None else tuple(self.alphas)
+        for field, holds, rule in self._rules():
+            if not holds:
+                raise BadInput(f"{field}: {getattr(self, field)} must {rule}")
 
+    def _rules(self):
+        """Yield (field, whether it is right, what is right); a rule may rely on those before it."""
         for field in ("image_size", "patch_size", "channels", "dim", "depth", "heads",
                       "decoder_dim", "decoder_depth", "decoder_heads"):
             value = getattr(self, field)
-            self._require(type(value) is int and value > 0, field, f"{value!r} must be a positive whole number")
+            yield field, type(value) is int and value > 0, "be a positive whole number"
+        yield "image_size", self.image_size % self.patch_size == 0, f"be divisible by patch_size, {self.patch_size}"
         for dim, heads in (("dim", "heads"), ("decoder_dim", "decoder_heads")):
-            width, n = getattr(self, dim), getattr(self, heads)
-            self._require(width % n == 0, dim, f"{width} must be divisible by {heads}, {n}")
-            self._require(width % 4 == 0, dim, f"{width} must be divisible by 4, for 2-D sine-cosine positions")
-        self._require(self.image_size % self.patch_size == 0, "image_size",
-                      f"{self.image_size} must be divisible by patch_size, {self.patch_size}")
-        self._require(all(type(t) is int and 1 <= t <= self.depth for t in self.taps), "taps",
-                      f"{self.taps} must be blocks from 1 to {self.depth}, the depth")
-        self._require(list(self.taps) == sorted(set(self.taps)), "taps", f"{self.taps} must increase")
-        self._require(self.depth in self.taps, "taps", f"{self.taps} must end with the last block, {self.depth}")
-        self._require(len(self.alphas) == between, "alphas",
-                      f"{len(self.alphas)} given, {between} needed: one for each tap but the last")
-        self._require(all(0 <= a <= 1 for a in self.alphas), "alphas", f"{self.alphas} must lie in 0 to 1")
-        self._require(0 < self.mask_ratio < 1, "mask_ratio", f"{self.mask_ratio} must lie between 0 and 1")
-        self._require(self.visible >= 1, "mask_ratio",
-                      f"{self.mask_ratio} leaves none of the {self.patches} patches visible")
-
-    @staticmethod
-    def _require(condition, field, message):
-        if not condition:
-            raise BadInput(f"{field}: {message}")
+            width, number = getattr(self, dim), getattr(self, heads)
+            yield dim, width % number == 0, f"be divisible by {heads}, {number}"
+            yield dim, width % 4 == 0, "be divisible by 4, for sine-cosine positions in two dimensions"
+        blocks = range(1, self.depth + 1)
+        yield "taps", all(tap in blocks for tap in self.taps), f"be blocks from 1 to {self.depth}, the depth"
+        yield "taps", list(self.taps) == sorted(set(self.taps)), "increase"
+        yield "taps", self.depth in self.taps, f"end with the last block, {self.depth}"
+        needed = len(self.taps) - 1
+        yield "alphas", len(self.alphas) == needed, f"be {needed} numbers, one for each tap but the last"
+        yield "alphas", all(0 <= alpha <= 1 for alpha in self.alphas), "lie in 0 to 1"
+        yield "mask_ratio", 0 < self.mask_ratio < 1, "lie between 0 and 1"
+        yield "mask_ratio", self.visible > 0, f"leave one of the {self.patches} patches visible"
 
     @property
     def patches(self):

@@ -356,9 +356,9 @@ def test_gradient_equals_finite_differences(images, noise):
     (dict(dim=18, heads=2), "divisible by 4"), (dict(decoder_heads=3), "decoder_dim"), (dict(depth=0), "depth"),
     (dict(patch_size=2.0), "patch_size"), (dict(taps=(0, 4)), "from 1 to 4"), (dict(taps=(5,)), "from 1 to 4"),
     (dict(taps=(3, 2, 4)), "increase"), (dict(taps=(2, 2, 4)), "increase"), (dict(taps=(1, 2)), "last block, 4"),
-    (dict(taps=()), "last block, 4"), (dict(alphas=(0.5,)), "3 needed"), (dict(alphas=(0, 0.5, 1.1)), "0 to 1"),
+    (dict(taps=()), "last block, 4"), (dict(alphas=(0.5,)), "be 3 numbers"), (dict(alphas=(0, 0.5, 1.1)), "0 to 1"),
     (dict(alphas=(0, 0.5, math.nan)), "0 to 1"), (dict(mask_ratio=0), "mask_ratio"), (dict(mask_ratio=1), "mask_ratio"),
-    (dict(mask_ratio=-0.1), "mask_ratio"), (dict(mask_ratio=0.99), "none of the 16 patches"),
+    (dict(mask_ratio=-0.1), "mask_ratio"), (dict(mask_ratio=0.99), "one of the 16 patches visible"),
 ])
 def test_config_refuses(changes, words):
     with pytest.raises(BadInput, match=words):

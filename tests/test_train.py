@@ -214,7 +214,7 @@ def test_torchrun_trains_as_one_process_does(call, folder, tmp_path):
     (["--data", "nowhere"], "--data: 'nowhere'"),
     (["--image-size", "9"], "--image-size"),
     (["--taps", "1,2"], "--taps"),
-    (["--alphas", "0"], "--alphas: 1 given, 2 needed"),
+    (["--alphas", "0"], "--alphas: (0.0,) must be 2 numbers"),
     (["--alphas", "0,1/0"], "--alphas"),
     (["--batch-size", "67"], "more than the 66 training images"),
     (["--accumulate", "3"], "--accumulate 3"),
