@@ -46,7 +46,12 @@ class Parser(argparse.ArgumentParser):
         first.add_argument("--preset", default=default)
         preset = first.parse_known_args()[0].preset
         self.set_defaults(**presets.get(preset, {}))
-        return self.parse_args()
+        options = self.parse_args()
+        given = {argument.split("=")[0] for argument in sys.argv[1:]}
+        for rate, other in (("lr", "blr"), ("blr", "lr")):  # two ways to say one thing: the user's goes over the preset's
+            if f"--{rate}" in given:
+                setattr(options, other, None)
+        return options
 
 
 def numbers(kind):
@@ -59,48 +64,53 @@ def numbers(kind):
     return parse
 
 
-def positive(kind, zero=False):
-    """A parser of one finite number above zero, or, with zero=True, not below it."""
+def number(kind, zero=False, below=math.inf):
+    """A parser of one number above zero, or from zero=True not below it, and less than `below`."""
     def parse(text):
         value = kind(text)  # argparse reports a ValueError itself
-        if not (value > 0 or (zero and value == 0)) or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {'zero or more' if zero else 'above zero'}")
+        if not (value > 0 or (zero and value == 0)) or not value < below:
+            least = "zero or more" if zero else "above zero"
+            raise argparse.ArgumentTypeError(f"{text} must be {least}" + (f" and below {below}" if below < math.inf else ""))
         return value
     parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
+MODEL_HELP = {
+    "image_size": "side of the images, in pixels", "patch_size": "side of a patch, in pixels",
+    "channels": "1 for grey, 3 for RGB", "dim": "width of the encoder", "depth": "blocks of the encoder",
+    "heads": "attention heads of the encoder", "decoder_dim": "width of each decoder",
+    "decoder_depth": "blocks of each decoder", "decoder_heads": "attention heads of each decoder",
+    "taps": "blocks that a decoder follows, comma-separated",
+    "alphas": "share of the image in each hybrid target; evenly spaced when not given",
+    "mask_ratio": "share of the patches that is hidden",
+    "norm_pix": "targets are patches normalised by their own mean and variance",
+}
+
+
 def add_model_options(parser):
     """Config's fields as options: --image-size, --taps, --norm-pix/--no-norm-pix and so on."""
     group = parser.add_argument_group("model")
+    kinds = {"taps": numbers(int), "alphas": numbers(Fraction)}
     for field in dataclasses.fields(Config):
-        option, text = "--" + field.name.replace("_", "-"), field.name.replace("_", " ")
-        if field.name == "norm_pix":
-            group.add_argument(option, action=argparse.BooleanOptionalAction, default=field.default,
-                               help="targets are patches normalised by their own mean and variance")
-        elif field.name == "taps":
-            group.add_argument(option, type=numbers(int), default=field.default, help="blocks that a decoder follows")
-        elif field.name == "alphas":
-            group.add_argument(option, type=numbers(Fraction), default=None,
-                               help="share of the image in each hybrid target; evenly spaced when not given")
-        else:
-            group.add_argument(option, type=field.type, default=field.default, help=text)
+        how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": kinds.get(field.name, field.type)}
+        group.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=MODEL_HELP[field.name], **how)
 
 
 def add_common_options(parser):
     """The options that every training script has."""
     group = parser.add_argument_group("data and training")
     group.add_argument("--data", default="shapes", help="shapes, cifar10, or a directory")
-    group.add_argument("--limit", type=positive(int), help="use this many training images")
-    group.add_argument("--epochs", type=positive(int), default=10, help="epochs")
-    group.add_argument("--batch-size", type=positive(int), default=64, help="images per step, over all processes")
+    group.add_argument("--limit", type=number(int), help="use this many training images")
+    group.add_argument("--epochs", type=number(int), default=10, help="passes over the training images")
+    group.add_argument("--batch-size", type=number(int), default=64, help="images per step, over all processes")
     rate = group.add_mutually_exclusive_group()
-    rate.add_argument("--lr", type=positive(float), help="peak learning rate; instead of --blr")
-    rate.add_argument("--blr", type=positive(float), default=1.5e-4, help="peak learning rate per 256 images of a batch")
-    group.add_argument("--min-lr", type=positive(float, zero=True), default=0.0, help="learning rate at the end")
-    group.add_argument("--warmup-epochs", type=positive(float, zero=True), default=1.0, help="epochs of linear warm-up")
-    group.add_argument("--weight-decay", type=positive(float, zero=True), default=0.05, help="AdamW's weight decay")
-    group.add_argument("--beta2", type=positive(float), default=0.95, help="AdamW's second momentum")
+    rate.add_argument("--lr", type=number(float), help="peak learning rate; instead of --blr")
+    rate.add_argument("--blr", type=number(float), default=1.5e-4, help="peak learning rate per 256 images of a batch")
+    group.add_argument("--min-lr", type=number(float, zero=True), default=0.0, help="learning rate at the end")
+    group.add_argument("--warmup-epochs", type=number(float, zero=True), help="linear warm-up; a tenth of --epochs when not given")
+    group.add_argument("--weight-decay", type=number(float, zero=True), default=0.05, help="AdamW's weight decay")
+    group.add_argument("--beta2", type=number(float, below=1), default=0.95, help="AdamW's decay of squared gradients")
     group.add_argument("--seed", type=int, default=0, help="seed of initialisation, order, augmentation and masks")
     group = parser.add_argument_group("machine")
     group.add_argument("--out", help="directory of the run, by default runs/PRESET-METHOD")
@@ -108,8 +118,8 @@ def add_common_options(parser):
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                        help="mixed precision, where the hardware is built for it")
     group.add_argument("--compile", action="store_true", help="compile the model: a slow start, then faster steps")
-    group.add_argument("--accumulate", type=positive(int), default=1, help="cut each step's batch into this many parts")
-    group.add_argument("--workers", type=positive(int, zero=True), default=min(8, os.cpu_count()),
+    group.add_argument("--accumulate", type=number(int), default=1, help="cut each step's batch into this many parts")
+    group.add_argument("--workers", type=number(int, zero=True), default=min(8, os.cpu_count()),
                        help="processes that decode images")
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                        help="go on with the run in --out; with --no-resume it is overwritten")
@@ -179,6 +189,13 @@ class Machine:
         """The context in which a model runs in mixed precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def first_alone(self, action):
+        """Do something once on each computer, such as a download, while its other processes wait."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            action()
+        if self.world > 1:
+            dist.barrier()
+
     def share(self, batch):
         """This process's part of what belongs to a whole batch (B, …): (B / world, …)."""
         return batch.chunk(self.world)[self.rank]
@@ -247,7 +264,13 @@ def gradients_averaged(model, last):
 
 def peak_rate(options):
     """--lr, or --blr scaled linearly with the batch (Goyal et al. 2017), as in MAE's code."""
-    return options.lr if options.lr else options.blr * options.batch_size / 256
+    return options.blr * options.batch_size / 256 if options.lr is None else options.lr
+
+
+def rate_at(step, steps, options):
+    """The learning rate of a step, counted over all epochs, with `steps` in an epoch."""
+    warmup = options.epochs / 10 if options.warmup_epochs is None else options.warmup_epochs
+    return learning_rate(step, options.epochs * steps, warmup * steps, peak_rate(options), options.min_lr)
 
 
 def learning_rate(step, steps, warmup, peak, minimum=0.0):
@@ -397,6 +420,8 @@ class Run:
         last = self.path / "last.pt"
         if options.resume and last.exists():
             self.state = load(last)
+            if not isinstance(self.state, dict) or not {"options", "history", "optimizer"} <= self.state.keys():
+                raise BadInput(f"{last}: not a checkpoint of this script; use another --out, or --no-resume to overwrite it")
             self._refuse_other_options(self.state["options"])
             self.history = self.state["history"]
 

@@ -24,10 +24,10 @@ from deepmim import BadInput, DeepMIM, check_teacher, paint
 NANO = dict(image_size=32, patch_size=4, dim=96, depth=12, heads=3,
             decoder_dim=64, decoder_depth=4, decoder_heads=2)
 PRESETS = {
-    "shapes": dict(NANO, data="shapes", epochs=5, batch_size=64, lr=1e-3, warmup_epochs=1),
-    "cifar10-nano": dict(NANO, data="cifar10", epochs=15, batch_size=64, lr=1e-3, warmup_epochs=1.5),
+    "shapes": dict(NANO, data="shapes", epochs=5, batch_size=64, lr=1e-3),
+    "cifar10-nano": dict(NANO, data="cifar10", epochs=15, batch_size=64, lr=1e-3),
     "cifar10": dict(NANO, data="cifar10", dim=192, decoder_dim=128, decoder_heads=4,
-                    epochs=400, batch_size=1024, lr=2e-3, warmup_epochs=40),
+                    epochs=400, batch_size=1024, lr=2e-3),
     "imagenet": dict(image_size=224, patch_size=16, dim=768, depth=12, heads=12,
                      decoder_dim=512, decoder_depth=4, decoder_heads=16, data="imagenet",
                      epochs=800, batch_size=4096, blr=1.5e-4, warmup_epochs=40),
@@ -50,6 +50,8 @@ def parse_options():
         if options.teacher:
             raise BadInput("--teacher: hybrid targets are for intermediate decoders, and --method mae has none")
         options.taps, options.alphas = (options.depth,), ()
+    if options.warmup_epochs is not None and options.warmup_epochs >= options.epochs:
+        raise BadInput(f"--warmup-epochs: {options.warmup_epochs:g} must be below --epochs, {options.epochs}")
     if not options.out:
         options.out = f"runs/{options.preset}-{'hybrid' if options.teacher else options.method}"
     return options
@@ -62,7 +64,10 @@ def load_teacher(options, config, device):
     teacher_config, state = engine.load_model(options.teacher, options.norm_pix)
     if teacher_config is None:
         raise BadInput(f"--teacher: {options.teacher} has an encoder only; a checkpoint with its decoder is needed")
-    check_teacher(config, teacher_config)
+    try:
+        check_teacher(config, teacher_config)
+    except BadInput as error:
+        raise BadInput(f"--{error}") from None
     teacher = DeepMIM(teacher_config)
     engine.load_weights(teacher, state, options.teacher)
     return teacher.requires_grad_(False).eval().to(device)
@@ -79,8 +84,7 @@ def train_epoch(model, teacher, images, optimizer, scaler, options, config, mach
     bar = tqdm(total=steps * options.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.epochs}", leave=False,
                disable=None if machine.speaks else True)
     for step in range(steps):
-        rate = engine.learning_rate(epoch * steps + step, options.epochs * steps, options.warmup_epochs * steps,
-                                    engine.peak_rate(options), options.min_lr)
+        rate = engine.rate_at(epoch * steps + step, steps, options)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -112,8 +116,8 @@ def check_finite(losses, epoch, config):
     if len(bad):
         step, tap = bad[0].tolist()
         raise engine.RunFailed(f"epoch {epoch + 1}, step {step + 1}: the loss after block {config.taps[tap]} is "
-                        f"{losses[step, tap].item()}; the last checkpoint is intact; try a lower --lr, a longer "
-                        f"--warmup-epochs or --no-amp")
+                               f"{losses[step, tap].item()}; the last checkpoint is intact; try a lower --lr, a longer "
+                               f"--warmup-epochs or --no-amp")
 
 
 @torch.no_grad()
@@ -142,6 +146,8 @@ def main():
     machine = engine.start(options)
     model = DeepMIM(config)
     teacher = load_teacher(options, config, machine.device)  # after the model, which starts the same without one
+    if options.data == "cifar10":
+        machine.first_alone(data.cifar10)
     images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers,
                        options.limit, machine.speaks)
     if options.batch_size > len(images.train):

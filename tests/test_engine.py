@@ -31,6 +31,13 @@ def test_peak_rate(lr, expected):
     assert engine.peak_rate(Namespace(lr=lr, blr=1.5e-4, batch_size=1024)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("warmup_epochs, peak_at", [(None, 20), (5, 50), (0, 0)])
+def test_warmup_is_a_tenth_unless_given(warmup_epochs, peak_at):
+    options = Namespace(lr=1.0, blr=None, min_lr=0.0, epochs=20, warmup_epochs=warmup_epochs)
+    rates = [engine.rate_at(step, 10, options) for step in range(200)]
+    assert rates.index(max(rates)) == peak_at and max(rates) == 1.0
+
+
 def test_only_matrices_decay_and_fixed_positions_are_not_trained():
     model = DeepMIM(TINY)
     decay, plain = engine.make_optimizer(model, Namespace(weight_decay=0.1, beta2=0.95)).param_groups
@@ -171,10 +178,21 @@ def test_options_go_over_presets_over_defaults(monkeypatch):
     assert config.taps == (3, 12) and config.alphas == (0.25,) and config.norm_pix is False
 
 
+@pytest.mark.parametrize("preset, arguments, expected", [
+    ({"lr": 1e-3}, [], 1e-3), ({"lr": 1e-3}, ["--blr", "8e-3"], 2e-3), ({"lr": 1e-3}, ["--lr", "2"], 2.0),
+    ({"lr": 1e-3}, ["--blr=8e-3"], 2e-3), ({"blr": 1e-4}, [], 1e-4 / 4), ({"blr": 1e-4}, ["--lr", "2"], 2.0),
+])
+def test_a_given_rate_goes_over_the_presets(monkeypatch, preset, arguments, expected):
+    parser = engine.Parser("A test.")
+    engine.add_common_options(parser)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", "64", *arguments])
+    assert engine.peak_rate(parser.parse({"small": preset}, "small")) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--alphas", "0,1/0,1"], "--alphas"), (["--alphas", "a"], "--alphas"), (["--taps", "6,x"], "--taps"),
     (["--epochs", "0"], "--epochs"), (["--epochs", "-1"], "--epochs"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
-    (["--lr", "0"], "--lr"), (["--workers", "-1"], "--workers"), (["--batch-size", "2.5"], "--batch-size"),
+    (["--lr", "0"], "--lr"), (["--beta2", "1"], "--beta2: 1 must be above zero and below 1"), (["--workers", "-1"], "--workers"), (["--batch-size", "2.5"], "--batch-size"),
     (["--preset", "huge"], "--preset"), (["--device", "tpu"], "--device"), (["--epoch", "3"], "--epoch"),
     (["--lr", "1", "--blr", "1"], "--blr"), (["--depth", "6"], "--taps: .* from 1 to 6"), (["--mask-ratio", "1"], "--mask-ratio"),
 ])

@@ -226,6 +226,7 @@ def test_torchrun_trains_as_one_process_does(call, folder, tmp_path):
     (["--method", "clip"], "--method"),
     (["--device", "cuda"], "no cuda device"),
     (["--nonsense"], "--nonsense"),
+    (["--epochs", "3", "--warmup-epochs", "3"], "--warmup-epochs: 3 must be below --epochs"),
 ])
 def test_bad_input_is_one_line_and_status_2(call, folder, tmp_path, arguments, words):
     if "cuda" in arguments and torch.cuda.is_available():
@@ -238,7 +239,7 @@ def test_bad_input_is_one_line_and_status_2(call, folder, tmp_path, arguments, w
 def test_a_teacher_in_another_space_is_refused(call, folder, tmp_path):
     call(*TINY, "--method", "mae", "--no-norm-pix", "--data", folder, "--epochs", 1, "--out", tmp_path / "mae")
     status, _, err = call(*TINY, *TAPS, "--data", folder, "--teacher", tmp_path / "mae" / "model.pt", "--out", tmp_path / "out")
-    assert status == 2 and "norm_pix" in err and not (tmp_path / "out").exists()
+    assert status == 2 and "--teacher: norm_pix" in err and not (tmp_path / "out").exists()
 
 
 def test_another_run_is_not_overwritten_unless_asked(call, folder, tmp_path):
