@@ -395,7 +395,7 @@ def draw_pictures(path, columns, title):
         axis.set_title(name, fontsize=9)
         axis.axis("off")
     figure.suptitle(title, fontsize=9)
-    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
     plt.close(figure)
 
 
