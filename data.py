@@ -266,14 +266,18 @@ def cifar10(root="data"):
 def folder(root):
     """The images of a directory: (paths, labels, classes) to train on, and the same held out.
 
-    root/train/<class>/* with root/val or root/test beside it has labels. Anything else is images without
-    labels (−1, classes None), of which one in twenty is held out where there is no val or test.
+    root/train/<class>/* with root/val or root/test beside it has labels. A root without train/, or one without
+    class folders in train/, is images without labels (−1, classes None), of which one in twenty is held out
+    where there is no val or test.
     """
-    if not root.is_dir():
+    if not root.is_dir() or root == Path():
         raise BadInput(f"--data: {str(root)!r} is neither shapes, cifar10, nor a directory")
     train = root / "train" if (root / "train").is_dir() else root
     beside = next((root / name for name in ("val", "test") if (root / name).is_dir() and train != root), None)
-    classes = sorted(d.name for d in train.iterdir() if d.is_dir()) if train != root and not images_in(train, deep=False) else []
+    classes = sorted(d.name for d in train.iterdir() if d.is_dir()) if train != root else []
+    stray = images_in(train, deep=False)
+    if classes and stray:
+        raise BadInput(f"--data: {stray[0]} lies beside the class folders; move it into one, or away")
     if classes and beside is None:
         raise BadInput(f"--data: {root} has train/ but neither val/ nor test/ beside it")
     parts = [labelled(part, classes) for part in (train, beside) if part]
@@ -283,6 +287,8 @@ def folder(root):
         paths = [parts[0][0][i] for i in torch.randperm(len(parts[0][0]), generator=randomness("held out"))]
         kept = math.ceil(len(paths) / 20)
         parts = [(part, [-1] * len(part), None) for part in (sorted(paths[kept:]), sorted(paths[:kept]))]
+    if not (parts[0][0] and parts[1][0]):
+        raise BadInput(f"--data: {beside or train} needs at least {1 if beside else 2} images, some to hold out")
     return parts
 
 

@@ -8,9 +8,10 @@ blocks before it, so that shallow blocks are taught directly and not only throug
 Read from top to bottom: the sizes, patches and masks, the Transformer block, the encoder, the
 decoder, the targets, the loss, and the whole. In the shape comments
 
-    B images in a batch     N = (H / P)²   patches of an image      D   width of the encoder
-    C channels of an image  V = N (1 − r)  patches that stay visible  d   width of a decoder
-    P side of a patch       T = 1 + patches, tokens with the class token first
+    B  images in a batch           N = (H / P)²  patches of an image        D  width of the encoder
+    C  channels of an image        V = N (1 − mask ratio)  visible ones     d  width of a decoder
+    H  side of an image, in pixels P  side of a patch, in pixels
+    T  tokens: a class token, then N or V patches
 
 "MAE's code" is github.com/facebookresearch/mae, "timm" github.com/huggingface/pytorch-image-models.
 """
@@ -39,6 +40,8 @@ class Config:
             (12,) alone is MAE.
     alphas  the share of the image in the hybrid target of each decoder but the last (paper, hybrid
             targets), in 0 … 1. None means evenly spaced from 0: (0, 1/3, 2/3) for four taps.
+    mask_ratio  the share of the patches that is hidden, between 0 and 1.
+    norm_pix    whether targets are patches normalised by their own mean and deviation.
 
     Raises BadInput, a ValueError, with the message "field: what would be right".
     """
@@ -58,8 +61,8 @@ class Config:
     norm_pix: bool = True
 
     def __post_init__(self):
-        between = len(self.taps) - 1
         self.taps = tuple(self.taps)
+        between = len(self.taps) - 1
         self.alphas = tuple(i / between for i in range(between)) if self.alphas is None else tuple(self.alphas)
         for field, holds, rule in self._rules():
             if not holds:
@@ -77,7 +80,7 @@ class Config:
             yield dim, width % number == 0, f"be divisible by {heads}, {number}"
             yield dim, width % 4 == 0, "be divisible by 4, for sine-cosine positions in two dimensions"
         blocks = range(1, self.depth + 1)
-        yield "taps", all(tap in blocks for tap in self.taps), f"be blocks from 1 to {self.depth}, the depth"
+        yield "taps", all(type(tap) is int and tap in blocks for tap in self.taps), f"be blocks from 1 to {self.depth}, the depth"
         yield "taps", list(self.taps) == sorted(set(self.taps)), "increase"
         yield "taps", self.depth in self.taps, f"end with the last block, {self.depth}"
         needed = len(self.taps) - 1
@@ -85,6 +88,8 @@ class Config:
         yield "alphas", all(0 <= alpha <= 1 for alpha in self.alphas), "lie in 0 to 1"
         yield "mask_ratio", 0 < self.mask_ratio < 1, "lie between 0 and 1"
         yield "mask_ratio", self.visible > 0, f"leave one of the {self.patches} patches visible"
+        yield "mask_ratio", self.visible < self.patches, f"hide one of the {self.patches} patches"
+        yield "norm_pix", not self.norm_pix or self.patch_dim > 1, "be False where a patch is a single number"
 
     @property
     def patches(self):
@@ -177,7 +182,8 @@ def attend(q, k, v):
 
 def attention_map(q, k):
     """softmax(q kᵀ / √(D / heads)): who looks where, (B, heads, T, T), each row summing to 1."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+    scale = q.shape[-1] ** -0.5
+    return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -275,12 +281,14 @@ class ViT(nn.Module):
     def embed(self, images, ids_keep=None):
         """Images (B, C, H, H) to the tokens that enter the first block: (B, 1 + N, D), or (B, 1 + V, D) with ids_keep (B, V)."""
         patches = patchify(images, self.patch_size)                  # (B, N, P·P·C)
+        if patches.shape[1] != self.pos_embed.shape[1] - 1:
+            raise ValueError(f"images have {patches.shape[1]} patches, the model positions for {self.pos_embed.shape[1] - 1}")
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)  # (B, N, D)
         if ids_keep is not None:
             patches, positions = take_patches(patches, ids_keep), take_patches(positions, ids_keep)  # N becomes V
-        tokens = self.patch_embed(patches) + positions               # (B, V, D)
+        tokens = self.patch_embed(patches) + positions               # (B, N or V, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return torch.cat([cls_token, tokens], dim=1)                 # (B, 1 + V, D)
+        return torch.cat([cls_token, tokens], dim=1)                 # (B, T, D)
 
     def forward(self, images, ids_keep=None, every_block=False):
         """The normalised tokens of the last block, (B, T, D), class token first (timm's `forward_features`).
@@ -332,7 +340,10 @@ class Decoder(nn.Module):
 
 
 def patch_statistics(patches):
-    """Mean and standard deviation of each patch, (B, N, P·P·C) to two (B, N, 1), as MAE's code takes them."""
+    """Mean and standard deviation of each patch, (B, N, P·P·C) to two (B, N, 1).
+
+    As in MAE's code: the unbiased variance, with 1e-6 added so that a flat patch has a deviation too.
+    """
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
@@ -403,10 +414,11 @@ class DeepMIM(nn.Module):
         self.decoders = nn.ModuleList([Decoder(config) for _ in config.taps])
 
     def forward(self, images, noise=None, teacher=None):
-        """Hide, encode, decode, compare: images (B, C, H, H) to an Output.
+        """Hide, encode, decode, compare: images (B, C, H, H), float and normalised, to an Output.
 
         noise (B, N) decides the mask, see random_masking; drawn here if it is None. With a teacher,
-        a frozen DeepMIM that sees the same visible patches, intermediate targets are hybrid.
+        a frozen DeepMIM that sees the same visible patches, intermediate targets are hybrid. Raises
+        BadInput for a teacher that doesn't fit and ValueError for images of another size.
         """
         if noise is None:
             noise = torch.rand(len(images), self.config.patches, device=images.device)

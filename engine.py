@@ -59,7 +59,7 @@ def numbers(kind):
     def parse(text):
         try:
             return tuple(float(n) if isinstance(n, Fraction) else n for n in map(kind, text.split(",") if text else ()))
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 6,8,10,12 or 0,1/3,2/3") from None
     return parse
 
@@ -111,7 +111,7 @@ def add_common_options(parser):
     group.add_argument("--warmup-epochs", type=number(float, zero=True), help="linear warm-up; a tenth of --epochs when not given")
     group.add_argument("--weight-decay", type=number(float, zero=True), default=0.05, help="AdamW's weight decay")
     group.add_argument("--beta2", type=number(float, below=1), default=0.95, help="AdamW's decay of squared gradients")
-    group.add_argument("--seed", type=int, default=0, help="seed of initialisation, order, augmentation and masks")
+    group.add_argument("--seed", type=number(int, zero=True, below=2**63), default=0, help="seed of initialisation, order, augmentation and masks")
     group = parser.add_argument_group("machine")
     group.add_argument("--out", help="directory of the run, by default runs/PRESET-METHOD")
     group.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the best there is when not given")
@@ -145,6 +145,8 @@ def run(main):
         status, message = 2, str(error)
     except RunFailed as error:
         status, message = 1, str(error)
+    except torch.OutOfMemoryError:
+        status, message = 1, "the GPU's memory is too small; --accumulate 2, 4, … computes the same batch in parts"
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command goes on after the last finished epoch"
     finally:
@@ -202,9 +204,10 @@ class Machine:
 
     def mean(self, values):
         """The average of a tensor over the processes."""
+        values = values / self.world
         if self.world > 1:
             dist.all_reduce(values)
-        return values / self.world
+        return values
 
 
 def start(options):
@@ -217,7 +220,10 @@ def start(options):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise BadInput("--device: there is no cuda device here; leave the option out, or use cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise BadInput(f"--device: process {local_rank} has no GPU of its own; there are {torch.cuda.device_count()} here")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     elif device.type == "mps" and not torch.backends.mps.is_available():
@@ -320,8 +326,9 @@ def load(path):
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file; a checkpoint such as runs/shapes-deepmim/model.pt is needed")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values too: MAE's code saves its options so
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail anywhere in torch.load, and always means the same
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({reason[:80]})") from None
 
@@ -342,9 +349,13 @@ def load_model(path, norm_pix=True):
             return Config(**content["config"]), state
         except (TypeError, BadInput) as error:
             raise BadInput(f"{path}: its config can't be used ({error})") from None
-    if "patch_embed.proj.weight" not in state:
-        raise BadInput(f"{path}: neither a model of ours nor an MAE checkpoint: patch_embed.proj.weight is missing")
-    return mae_config(state, norm_pix), {our_name(name): value for name, value in state.items()}
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise BadInput(f"{path}: neither a model of ours nor an MAE checkpoint: patch_embed.proj.weight or pos_embed is missing")
+    try:
+        config = mae_config(state, norm_pix)
+    except ValueError as error:
+        raise BadInput(f"{path}: its sizes can't be used ({error})") from None
+    return config, {our_name(name): value for name, value in state.items()}
 
 
 def our_name(name):
@@ -352,6 +363,9 @@ def our_name(name):
     if name == "mask_token" or name.startswith("decoder_"):
         return "decoders.0." + name.removeprefix("decoder_")
     return "encoder." + name
+
+
+MAE_HEADS = {(768, 512): (12, 16), (1024, 512): (16, 16), (1280, 512): (16, 16)}  # by width: ViT-B, -L, -H and decoder
 
 
 def mae_config(state, norm_pix):
@@ -363,9 +377,11 @@ def mae_config(state, norm_pix):
     depth, decoder_depth = (len({name.split(".")[1] for name in state if name.startswith(prefix)})
                             for prefix in ("blocks.", "decoder_blocks."))
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    heads = 16 if dim in (1024, 1280) else dim // 64  # ViT-L and ViT-H have 16 heads, smaller ones 64 wide heads
+    if (dim, decoder_dim) not in MAE_HEADS:
+        raise BadInput(f"no model of MAE's is {dim} wide with a decoder {decoder_dim} wide, so its heads can't be known")
+    heads, decoder_heads = MAE_HEADS[dim, decoder_dim]
     return Config(side * patch_size, patch_size, channels, dim, depth, heads, decoder_dim, decoder_depth,
-                  max(1, decoder_dim // 32), (depth,), (), norm_pix=norm_pix)
+                  decoder_heads, (depth,), (), norm_pix=norm_pix)
 
 
 def load_weights(module, state, path):
@@ -410,17 +426,17 @@ class Run:
 
     last.pt is written last in an epoch and holds everything that the next one needs, the log's lines
     included; all other files follow from it. So a run that was killed loses at most the epoch in
-    progress, and repeats it to the same bytes.
+    progress, and repeats it to the same weights.
     """
 
     def __init__(self, options, machine):
-        self.path, self.speaks = Path(options.out), machine.speaks
+        self.path, self.speaks, self.resumes = Path(options.out), machine.speaks, options.resume
         self.options = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
         self.history, self.state = [], None
         last = self.path / "last.pt"
         if options.resume and last.exists():
             self.state = load(last)
-            if not isinstance(self.state, dict) or not {"options", "history", "optimizer"} <= self.state.keys():
+            if not isinstance(self.state, dict) or not {"options", "history", "model", "optimizer", "scaler"} <= self.state.keys():
                 raise BadInput(f"{last}: not a checkpoint of this script; use another --out, or --no-resume to overwrite it")
             self._refuse_other_options(self.state["options"])
             self.history = self.state["history"]
@@ -441,17 +457,25 @@ class Run:
     def restore(self, model, optimizer, scaler):
         """Put the state after the last finished epoch into a model, its optimiser and gradient scaler."""
         if self.state:
-            model.load_state_dict(self.state["model"])
+            load_weights(model, self.state["model"], self.path / "last.pt")
             optimizer.load_state_dict(self.state["optimizer"])
-            scaler.load_state_dict(self.state["scaler"])
+            if self.state["scaler"]:  # empty where the hardware, maybe another one, needed no scaler
+                scaler.load_state_dict(self.state["scaler"])
             self.state = None
 
     def open(self):
-        """Make the directory; raises BadInput where that can't be."""
+        """Make the directory, without resuming free of the run before; raises BadInput where that can't be."""
+        if not self.speaks:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if not self.resumes:
+                for name in ("last.pt", "result.json", "log.jsonl"):
+                    (self.path / name).unlink(missing_ok=True)
+            (self.path / "last.pt.part").touch()
+            (self.path / "last.pt.part").unlink()
         except OSError as error:
-            raise BadInput(f"--out: {self.path} can't be made a directory ({error.strerror})") from None
+            raise BadInput(f"--out: {self.path} can't be written to as a directory ({error.strerror})") from None
 
     def finish_epoch(self, record, model, optimizer, scaler, content, result=False):
         """Write an epoch's files: model.pt with `content`, log.jsonl, result.json after the last one, and last.pt."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 import engine
-from deepmim import BadInput, DeepMIM, check_teacher, paint
+from deepmim import BadInput, Config, DeepMIM, check_teacher, paint
 
 NANO = dict(image_size=32, patch_size=4, dim=96, depth=12, heads=3,
             decoder_dim=64, decoder_depth=4, decoder_heads=2)
@@ -49,6 +49,8 @@ def parse_options():
     if options.method == "mae":
         if options.teacher:
             raise BadInput("--teacher: hybrid targets are for intermediate decoders, and --method mae has none")
+        if options.taps not in (Config.taps, (options.depth,)) or options.alphas:
+            raise BadInput("--taps: --method mae has one tap, the last block, and no alphas; leave both options out")
         options.taps, options.alphas = (options.depth,), ()
     if options.warmup_epochs is not None and options.warmup_epochs >= options.epochs:
         raise BadInput(f"--warmup-epochs: {options.warmup_epochs:g} must be below --epochs, {options.epochs}")
@@ -60,6 +62,8 @@ def parse_options():
 def load_teacher(options, config, device):
     """The frozen model of --teacher, or None without one; raises BadInput where it doesn't fit."""
     if not options.teacher:
+        if options.alphas:
+            raise BadInput("--alphas: they mix the image with the reconstruction of a --teacher, and none is given")
         return None
     teacher_config, state = engine.load_model(options.teacher, options.norm_pix)
     if teacher_config is None:
@@ -74,7 +78,10 @@ def load_teacher(options, config, device):
 
 
 def train_epoch(model, teacher, images, optimizer, scaler, options, config, machine, epoch):
-    """One pass over the training images; the mean loss of each tap, (taps,). Raises RunFailed on a loss that is no number."""
+    """One pass over the training images: the mean loss of each tap, (taps,), and the last learning rate.
+
+    Raises RunFailed on a loss that is no number.
+    """
     order = data.epoch_order(len(images), options.batch_size, options.seed, epoch)  # (steps, batch)
     parts = [part for batch in order for part in machine.share(batch).chunk(options.accumulate)]
     batches = images.batches(parts, (options.seed, epoch))
@@ -104,7 +111,7 @@ def train_epoch(model, teacher, images, optimizer, scaler, options, config, mach
 
         bar.update(options.batch_size)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            check_finite(losses[: step + 1], epoch, config)
+            check_finite(machine.mean(losses[: step + 1]), epoch, config)
             bar.set_postfix(loss=f"{losses[step].sum():.4f}", lr=f"{rate:.1e}")
     bar.close()
     return machine.mean(losses.mean(dim=0)), rate
@@ -116,8 +123,8 @@ def check_finite(losses, epoch, config):
     if len(bad):
         step, tap = bad[0].tolist()
         raise engine.RunFailed(f"epoch {epoch + 1}, step {step + 1}: the loss after block {config.taps[tap]} is "
-                               f"{losses[step, tap].item()}; the last checkpoint is intact; try a lower --lr, a longer "
-                               f"--warmup-epochs or --no-amp")
+                               f"{losses[step, tap].item()}; what was saved before is intact; try a lower --lr, "
+                               f"a longer --warmup-epochs or --no-amp, with another --out")
 
 
 @torch.no_grad()
@@ -181,10 +188,10 @@ def main():
                   "seconds": round(seconds, 2)}
         machine.say(f"epoch {epoch + 1}/{options.epochs}  loss {record['loss']:.4f}  "
                     f"last decoder {losses[-1]:.4f}  {record['images_per_second']:.0f} images/s")
-        if machine.speaks:
+        content = {"config": dataclasses.asdict(config), "model": model.state_dict()}
+        run.finish_epoch(record, model, optimizer, scaler, content, result=epoch + 1 == options.epochs)
+        if machine.speaks:  # after what matters is safe
             draw_reconstructions(model, images.held_out, config, run.path / "reconstruction.png", machine, record)
-        run.finish_epoch(record, model, optimizer, scaler, {"config": dataclasses.asdict(config), "model": model.state_dict()},
-                         result=epoch + 1 == options.epochs)
 
 
 if __name__ == "__main__":

@@ -202,12 +202,27 @@ def test_cifar10_in_place_is_read(tmp_path, monkeypatch):
     (lambda d: (d / "test" / "bird").mkdir() or d, "one only: bird"),
     (lambda d: [(d / part / "bird").mkdir() for part in ("train", "test")] and d, "bird has no images"),
     (lambda d: (d / "test").rename(d / "other") and d, "neither val/ nor test/"),
+    (lambda d: (d / "train" / "cat" / "0.png").rename(d / "train" / "0.png") and d, "0.png lies beside the class folders"),
+    (lambda d: [path.unlink() for path in d.rglob("[1-9].png")] and [path.unlink() for path in d.glob("test/*/0.png")]
+     and d, "has no images"),
+    (lambda d: [path.unlink() for path in (d / "test").rglob("*.png")] and d / "test", "no images in"),
+    (lambda d: [path.unlink() for path in d.rglob("[1-4].png")] and d / "train" / "cat", "at least 2 images"),
+    (lambda d: "", "neither shapes"),
     (lambda d: (d / "train" / "cat" / "0.png").write_text("not an image") and d, "0.png: not an image"),
     (lambda d: (d / "train" / "cat" / "0.png").write_bytes(b"") or d, "0.png: not an image"),
 ])
 def test_bad_folders_are_refused(labelled, spoil, words):
     with pytest.raises(BadInput, match=words):
         data.load(str(spoil(labelled)), 32)
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_built_in_images_are_resized_to_the_model(side):
+    images = data.InMemory(*data.make_shapes(6, 0), None, side, "cpu")
+    batch, _ = next(images.batches([torch.arange(6)], seed=0))
+    assert batch.shape == (6, 3, side, side)
+    plain = data.to_pixels(next(images.batches([torch.arange(6)]))[0])
+    assert (plain.mean((2, 3)) - (images.images / 255).mean((2, 3))).abs().max() < 0.02
 
 
 def test_a_cut_jpeg_is_refused(labelled):

@@ -158,6 +158,11 @@ def test_encoder_sees_the_kept_patches_in_their_order(images, noise):
     assert torch.equal(encoder(deepmim.unpatchify(hidden, 2), ids_keep), encoder(images, ids_keep))
 
 
+def test_images_of_another_size_are_refused(noise):
+    with pytest.raises(ValueError, match="64 patches, the model positions for 16"):
+        tiny().encoder(torch.zeros(5, 3, 16, 16), noise.argsort(dim=1)[:, :4])
+
+
 def test_every_block_gives_raw_outputs(images):
     encoder = tiny().encoder
     tokens, outputs = encoder(images, every_block=True)
@@ -358,7 +363,8 @@ def test_gradient_equals_finite_differences(images, noise):
     (dict(taps=(3, 2, 4)), "increase"), (dict(taps=(2, 2, 4)), "increase"), (dict(taps=(1, 2)), "last block, 4"),
     (dict(taps=()), "last block, 4"), (dict(alphas=(0.5,)), "be 3 numbers"), (dict(alphas=(0, 0.5, 1.1)), "0 to 1"),
     (dict(alphas=(0, 0.5, math.nan)), "0 to 1"), (dict(mask_ratio=0), "mask_ratio"), (dict(mask_ratio=1), "mask_ratio"),
-    (dict(mask_ratio=-0.1), "mask_ratio"), (dict(mask_ratio=0.99), "one of the 16 patches visible"),
+    (dict(mask_ratio=-0.1), "mask_ratio"), (dict(mask_ratio=1e-17), "hide one of"), (dict(taps=(1.0, 4)), "from 1 to 4"),
+    (dict(patch_size=1, channels=1), "norm_pix"), (dict(mask_ratio=0.99), "one of the 16 patches visible"),
 ])
 def test_config_refuses(changes, words):
     with pytest.raises(BadInput, match=words):

@@ -71,17 +71,23 @@ def mae_checkpoint(config):
 
 
 def test_an_mae_checkpoint_becomes_a_model(tmp_path):
-    config = Config(8, 2, 3, 64, 2, 1, 32, 8, 1, (2,), norm_pix=False)
+    config = Config(8, 2, 3, 768, 2, 12, 512, 2, 16, (2,), norm_pix=False)
     state = mae_checkpoint(config)
     assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight", "norm.bias", "mask_token",
-            "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.7.mlp.fc2.bias", "decoder_norm.weight",
+            "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.1.mlp.fc2.bias", "decoder_norm.weight",
             "decoder_pred.bias"} <= set(state)
-    torch.save({"model": state}, tmp_path / "mae.pth")
+    torch.save({"model": state, "epoch": 3, "args": Namespace(blr=1e-3)}, tmp_path / "mae.pth")  # as MAE's training saves it
     found, ours = engine.load_model(tmp_path / "mae.pth", norm_pix=False)
     assert found == config
     model = DeepMIM(found)
     engine.load_weights(model, ours, "mae.pth")
-    assert torch.equal(model.decoders[0].blocks[7].mlp.fc2.weight, state["decoder_blocks.7.mlp.fc2.weight"])
+    assert torch.equal(model.decoders[0].blocks[1].mlp.fc2.weight, state["decoder_blocks.1.mlp.fc2.weight"])
+
+
+def test_an_mae_of_unknown_width_is_refused(tmp_path):
+    torch.save({"model": mae_checkpoint(Config(8, 2, 3, 64, 2, 1, 32, 1, 1, (2,)))}, tmp_path / "mae.pth")
+    with pytest.raises(BadInput, match="mae.pth: .* heads can't be known"):
+        engine.load_model(tmp_path / "mae.pth")
 
 
 @pytest.mark.parametrize("dim, depth, patch, heads", [(768, 12, 16, 12), (1024, 24, 16, 16), (1280, 32, 14, 16)])
@@ -134,6 +140,20 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(BadInput, match="not a checkpoint"):
         engine.load_model(path)
+
+
+@pytest.mark.parametrize("place", range(20))
+def test_flipped_bytes_are_refused_or_harmless(tmp_path, place):
+    path = tmp_path / "model.pt"
+    torch.save({"config": vars(TINY), "model": DeepMIM(TINY).state_dict()}, path)
+    content = bytearray(path.read_bytes())
+    for i in range(50 * place, 50 * place + 20):
+        content[i] ^= 0xFF
+    path.write_bytes(content)
+    try:
+        engine.load_model(path)
+    except BadInput as error:
+        assert str(error).startswith(str(path))
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -190,7 +210,7 @@ def test_a_given_rate_goes_over_the_presets(monkeypatch, preset, arguments, expe
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--alphas", "0,1/0,1"], "--alphas"), (["--alphas", "a"], "--alphas"), (["--taps", "6,x"], "--taps"),
+    (["--alphas", "0,1/0,1"], "--alphas"), (["--alphas", "a"], "--alphas"), (["--alphas", "1e400,0,0"], "--alphas"), (["--seed", str(2**64)], "--seed"), (["--taps", "6,x"], "--taps"),
     (["--epochs", "0"], "--epochs"), (["--epochs", "-1"], "--epochs"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
     (["--lr", "0"], "--lr"), (["--beta2", "1"], "--beta2: 1 must be above zero and below 1"), (["--workers", "-1"], "--workers"), (["--batch-size", "2.5"], "--batch-size"),
     (["--preset", "huge"], "--preset"), (["--device", "tpu"], "--device"), (["--epoch", "3"], "--epoch"),

@@ -127,71 +127,122 @@ def test_init_starts_from_that_encoder(call, folder, tmp_path):
 
 
 def test_killed_and_started_again_gives_the_same_weights(folder, tmp_path):
-    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 12]
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 15]
     assert start(*arguments, "--out", tmp_path / "whole").wait() == 0
     moments = random.Random(0)
-    for kill in range(3):
+    for kill in range(3):  # each a moment after the process has finished an epoch of its own
         process = start(*arguments, "--out", tmp_path / "killed")
-        while not (tmp_path / "killed" / "log.jsonl").exists() or len(log(tmp_path / "killed")) < 3 * kill + 1:
+        done = len(log(tmp_path / "killed")) if kill else 0
+        while not (tmp_path / "killed" / "log.jsonl").exists() or len(log(tmp_path / "killed")) == done:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.02)
-        time.sleep(moments.uniform(0, 1))
+        time.sleep(moments.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert len(log(tmp_path / "killed")) < 12
+    assert len(log(tmp_path / "killed")) < 15
     assert start(*arguments, "--out", tmp_path / "killed").wait() == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
-    assert [line["epoch"] for line in log(tmp_path / "killed")] == list(range(1, 13))
+    assert [line["epoch"] for line in log(tmp_path / "killed")] == list(range(1, 16))
     assert [line["losses"] for line in log(tmp_path / "killed")] == [line["losses"] for line in log(tmp_path / "whole")]
 
 
-def test_accumulation_changes_only_rounding(call, folder, tmp_path):
-    for parts in (1, 4):
-        call(*TINY, *TAPS, "--data", folder, "--epochs", 1, "--no-amp", "--accumulate", parts, "--out", tmp_path / str(parts))
-    assert log(tmp_path / "1")[0]["losses"] == pytest.approx(log(tmp_path / "4")[0]["losses"], rel=1e-5)
+def test_a_crash_between_any_two_writes_loses_an_epoch_at_most(call, folder, tmp_path, monkeypatch):
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 2]
+    write, writes = engine.write, []
+    monkeypatch.setattr(engine, "write", lambda *given: writes.append(1) or write(*given))
+    call(*arguments, "--out", tmp_path / "whole")
+    total = len(writes)
+    for last in range(total):
+        count = []
+
+        def crash(*given, last=last, count=count):
+            count.append(1)
+            if len(count) > last:
+                raise KeyboardInterrupt
+            write(*given)
+
+        monkeypatch.setattr(engine, "write", crash)
+        assert call(*arguments, "--out", tmp_path / str(last))[0] == 130
+        monkeypatch.setattr(engine, "write", write)
+        assert call(*arguments, "--out", tmp_path / str(last))[0] == 0
+        assert_same(weights(tmp_path / "whole"), weights(tmp_path / str(last)))
+        assert [line["epoch"] for line in log(tmp_path / str(last))] == [1, 2]
+        assert (tmp_path / str(last) / "result.json").exists()
+
+
+def test_no_resume_leaves_nothing_of_the_run_before(call, folder, tmp_path, monkeypatch):
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 1, "--out", tmp_path]
+    call(*arguments)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    assert call(*arguments, "--seed", 1, "--no-resume")[0] == 130
+    assert not (tmp_path / "last.pt").exists() and not (tmp_path / "result.json").exists()
+
+
+def test_a_run_goes_on_where_a_scaler_is_needed(call, folder, tmp_path):
+    """As from an A100, which computes in bfloat16, to a T4, which needs float16 and a scaler for it."""
+    options = engine.argparse.Namespace(out=tmp_path, resume=True)
+    machine = engine.Machine(torch.device("cpu"), 0, 1, torch.float32)
+    model = DeepMIM(Config(8, 2, 3, 16, 1, 2, 8, 1, 2, (1,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    without, scaler = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
+    engine.Run(options, machine).finish_epoch({"seconds": 1}, model, optimizer, without, {})
+    engine.Run(options, machine).restore(model, optimizer, scaler)
+    assert scaler.get_scale() == 2**16
 
 
 ONE_STEP = """
 import sys, torch
 from argparse import Namespace
-import engine
+import data, engine, train
 from deepmim import Config, DeepMIM
-machine = engine.start(Namespace(batch_size=16, accumulate=2, device="cpu", seed=0, amp=False))
-model = DeepMIM(Config(8, 2, 3, 16, 3, 2, 8, 1, 2, (1, 2, 3)))
-network = engine.distribute(model, machine)
-images, noise = torch.load(sys.argv[1], weights_only=True)
-losses = torch.zeros(3)
-parts = list(zip(machine.share(images).chunk(2), machine.share(noise).chunk(2)))
-for number, (x, n) in enumerate(parts, start=1):
-    with engine.gradients_averaged(network, number == 2):
-        output = network(x, n)
-        (output.loss / 2).backward()
-    losses += output.losses.detach() / 2
-losses = machine.mean(losses)
+torch.manual_seed(0)
+options = Namespace(batch_size=16, accumulate=int(sys.argv[1]), device="cpu", seed=0, amp=False, epochs=1, lr=1.0,
+                    warmup_epochs=0, min_lr=0.0)
+machine = engine.start(options)
+config = Config(8, 2, 3, 16, 3, 2, 8, 1, 2, (1, 2, 3))
+model = DeepMIM(config)
+before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+images = data.InMemory(*data.make_shapes(16, 0, side=8), None, 8, machine.device)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)  # a step is the gradient
+losses, _ = train.train_epoch(engine.distribute(model, machine), None, images, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                              options, config, machine, 0)
 if machine.speaks:
-    torch.save([losses, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}], sys.argv[2])
-torch.distributed.destroy_process_group()
+    steps = {name: before[name] - p.detach() for name, p in model.named_parameters() if name in before}
+    torch.save([losses, steps], sys.argv[2])
+if machine.world > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
+@pytest.mark.parametrize("processes, parts", [(1, 4), (2, 1), (2, 2)])
+def test_processes_and_parts_have_the_loss_and_gradients_of_one(tmp_path, processes, parts):
+    (tmp_path / "step.py").write_text(ONE_STEP)
+    torchrun(tmp_path / "step.py", 1, tmp_path / "one.pt", processes=1)
+    torchrun(tmp_path / "step.py", parts, tmp_path / "many.pt", processes=processes)
+    losses, gradients = torch.load(tmp_path / "many.pt", weights_only=True)
+    expected_losses, expected = torch.load(tmp_path / "one.pt", weights_only=True)
+
+    # The one is what DeepMIM.forward gives for the same images and noise, computed here.
     torch.manual_seed(0)
     model = DeepMIM(Config(8, 2, 3, 16, 3, 2, 8, 1, 2, (1, 2, 3)))
-    images, noise = torch.randn(16, 3, 8, 8), torch.rand(16, 16)
-    torch.save([images, noise], tmp_path / "batch.pt")
-    (tmp_path / "step.py").write_text(ONE_STEP)
-    torchrun(tmp_path / "step.py", tmp_path / "batch.pt", tmp_path / "gradients.pt")
-    losses, gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    output = model(images, noise)
+    order = data.epoch_order(16, 16, 0, 0)
+    images, _ = next(data.InMemory(*data.make_shapes(16, 0, side=8), None, 8, "cpu").batches(order, (0, 0)))
+    output = model(images, torch.rand(16, 16, generator=data.randomness(0, "mask", 0, 0)))
     output.loss.backward()
-    torch.testing.assert_close(losses, output.losses.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(expected_losses, output.losses.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses, expected_losses, atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            torch.testing.assert_close(expected[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
+def torchrun(*arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, arguments)]
     done = subprocess.run(command, cwd=HERE, env={**engine.os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -223,6 +274,8 @@ def test_torchrun_trains_as_one_process_does(call, folder, tmp_path):
     (["--teacher", "nowhere.pt"], "nowhere.pt: no such file"),
     (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
     (["--method", "mae", "--teacher", "x.pt"], "--teacher"),
+    (["--method", "mae", "--taps", "1,3"], "--taps: --method mae has one tap"),
+    (["--alphas", "0,1/2"], "--alphas: they mix the image with the reconstruction of a --teacher"),
     (["--method", "clip"], "--method"),
     (["--device", "cuda"], "no cuda device"),
     (["--nonsense"], "--nonsense"),
