@@ -24,7 +24,7 @@ from deepmim import BadInput, Config, DeepMIM, check_teacher, paint
 NANO = dict(image_size=32, patch_size=4, dim=96, depth=12, heads=3,
             decoder_dim=64, decoder_depth=4, decoder_heads=2)
 PRESETS = {
-    "shapes": dict(NANO, data="shapes", epochs=5, batch_size=64, lr=2e-3),
+    "shapes": dict(NANO, data="shapes", epochs=4, batch_size=64, lr=2e-3),
     "cifar10-nano": dict(NANO, data="cifar10", epochs=15, batch_size=64, lr=1e-3),
     "cifar10": dict(NANO, data="cifar10", dim=192, decoder_dim=128, decoder_heads=4,
                     epochs=400, batch_size=1024, lr=2e-3),
