@@ -169,6 +169,12 @@ def sine_cosine_positions(dim, side):
 # ---------------------------------------------------------------------------- Transformer block
 
 
+def attention_map(q, k):
+    """softmax(q kᵀ / √(D / heads)): who looks where, (B, heads, T, T), each row summing to 1."""
+    scale = q.shape[-1] ** -0.5
+    return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
+
+
 def attend(q, k, v):
     """Softmax attention: q, k, v (B, heads, T, D / heads) to (B, heads, T, D / heads).
 
@@ -178,12 +184,6 @@ def attend(q, k, v):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
-
-
-def attention_map(q, k):
-    """softmax(q kᵀ / √(D / heads)): who looks where, (B, heads, T, T), each row summing to 1."""
-    scale = q.shape[-1] ** -0.5
-    return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -238,7 +238,7 @@ class Block(nn.Module):
 def init_weights(module):
     """MAE's initialisation: Xavier uniform for matrices, with the patch projection seen as one; zero biases."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))  # a view, so that it fills the weight itself
         nn.init.zeros_(module.bias)
 
 
@@ -422,7 +422,7 @@ class DeepMIM(nn.Module):
         """
         if noise is None:
             noise = torch.rand(len(images), self.config.patches, device=images.device)
-        ids_keep, _, mask = random_masking(noise, self.config.mask_ratio)
+        ids_keep, _, mask = random_masking(noise, self.config.mask_ratio)  # decoders scatter, and need no ids_restore
 
         last, outputs = self.encoder(images, ids_keep, every_block=True)  # depth × (B, 1 + V, D)
         tapped = [outputs[tap - 1] for tap in self.config.taps[:-1]] + [last]  # only the last is normalised

@@ -4,7 +4,7 @@
     python benchmarks/pretrain.py --rounds 20 --out results/speed
 
 A step is what train.py does: a batch cut and flipped, masks drawn, forward, backward, AdamW, in the
-precision that engine.py chooses. Rounds of the two methods take turns, so that a machine that slows
+precision that engine.py chooses (without a gradient scaler, at rate 0). Rounds of the two methods take turns, so that a machine that slows
 down slows down both. Prints a Markdown table; with --out it writes OUT/pretrain.json too.
 """
 
@@ -34,6 +34,8 @@ def synchronize(device):
     """Wait for a GPU, so that a clock read next sees its work done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 class Trainee:
@@ -71,7 +73,7 @@ def measure(rounds, batch_size, machine):
                     trainees[name].step(batch, (number, key))
             synchronize(machine.device)
             if number:
-                spent.append((time.perf_counter() - begin) / STEPS)
+                spent.append((time.perf_counter() - begin) / len(order))
     return seconds
 
 
@@ -84,6 +86,8 @@ def main():
     parser.add_argument("--device", default=engine.best_device(), help="cuda, mps or cpu")
     parser.add_argument("--out", type=Path, help="directory for pretrain.json")
     options = parser.parse_args()
+    if options.rounds < 1 or not 1 <= options.batch_size <= 10_000:
+        parser.error("--rounds must be above zero, and --batch-size from 1 to 10000")
     device = torch.device(options.device)
     machine = engine.Machine(device, 0, 1, engine.mixed_precision(device))
     seconds = measure(options.rounds, options.batch_size, machine)
