@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import sys
 from fractions import Fraction
 from pathlib import Path
