@@ -32,6 +32,8 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 SMALL_IMAGE = 64         # sides up to this are kept decoded …
 DECODED_BYTES = 2 << 30  # … where all of them together take no more than this
 CROP_SHIFT = 4           # small images move by up to this many pixels at 32 × 32, as is usual for CIFAR
+PRETRAINING_CROP = (0.2, 1)  # share of a larger image's area that RandomResizedCrop keeps, as in MAE's code
+GROUP = 8                # images of a batch that share the draws of a torchvision transform, see in_groups
 
 
 def randomness(*key):
@@ -71,11 +73,12 @@ def to_pixels(images):
 class InMemory:
     """Small images as one uint8 tensor (n, C, H, H) on the device, with labels (n,), −1 where there are none."""
 
-    def __init__(self, images, labels, classes, image_size, device):
+    def __init__(self, images, labels, classes, image_size, device, augment=None):
         self.images = images.to(device)
         self.labels = labels.to(device)
         self.classes = classes
         self.image_size = image_size
+        self.augment = augment
 
     def __len__(self):
         return len(self.images)
@@ -83,7 +86,8 @@ class InMemory:
     def batches(self, indices, seed=None):
         """Yield (images (B, C, image_size, image_size) float32, labels (B,)) for each tensor of indices (B,).
 
-        With a seed every image is moved by a few pixels and half of them are flipped; without, nothing is random.
+        With a seed every image is moved by a few pixels, half of them are flipped, and `augment`, a transform of
+        torchvision's for uint8 images, is applied in groups; without, nothing is random.
         """
         if seed is not None:
             reach = round(CROP_SHIFT * self.images.shape[-1] / 32)
@@ -95,6 +99,8 @@ class InMemory:
             images = self.images[here]
             if seed is not None:
                 images = crop_and_flip(images, shift[ids].to(images.device), flip[ids].to(images.device))
+                if self.augment:
+                    images = in_groups(self.augment, images, seed, "augment", ids[0].item())
             if images.shape[-1] != self.image_size:
                 images = v2.functional.resize(images, self.image_size, v2.InterpolationMode.BICUBIC)
             yield normalize(images), self.labels[here]
@@ -113,6 +119,16 @@ def crop_and_flip(images, shift, flip):
     image = torch.arange(batch, device=images.device)[:, None, None]
     cut = images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # (B, H, H, C)
     return cut.permute(0, 3, 1, 2)                                  # (B, C, H, H)
+
+
+def in_groups(transform, images, *key):
+    """Apply a random transform of torchvision's to images (B, C, H, H), GROUP by GROUP, drawing from randomness(*key).
+
+    Given a batch, such a transform draws once for all of it; image by image it is slow.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(randomness(*key).initial_seed())
+        return torch.cat([transform(group) for group in images.split(GROUP)])
 
 
 def mirrored(index, side):
@@ -148,12 +164,14 @@ class Files(Dataset):
 class Streamed:
     """Image files, decoded by `workers` processes as they are needed."""
 
-    def __init__(self, paths, labels, classes, image_size, channels, device, workers):
+    def __init__(self, paths, labels, classes, image_size, channels, device, workers, crop_scale=PRETRAINING_CROP,
+                 augment=None):
         self.paths, self.labels, self.classes = paths, labels, classes
         self.channels, self.device, self.workers = channels, device, workers
         bicubic = v2.InterpolationMode.BICUBIC
-        self.augment = v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.2, 1), interpolation=bicubic),
-                                   v2.RandomHorizontalFlip()])
+        self.further = augment  # for decode, whose images are cut and flipped in memory
+        self.augment = v2.Compose([v2.RandomResizedCrop(image_size, scale=crop_scale, interpolation=bicubic),
+                                   v2.RandomHorizontalFlip(), augment or v2.Identity()])
         resized = image_size if image_size <= SMALL_IMAGE else round(image_size * 256 / 224)
         self.view = v2.Compose([v2.Resize(resized, bicubic), v2.CenterCrop(image_size)])
 
@@ -173,7 +191,7 @@ class Streamed:
     def batches(self, indices, seed=None):
         """Yield (images (B, C, image_size, image_size) float32, labels (B,)) for each tensor of indices (B,).
 
-        With a seed: RandomResizedCrop 0.2 to 1 and flip. Without: resized, and cut at the centre.
+        With a seed: RandomResizedCrop, flip and `augment`. Without: resized, and cut at the centre.
         """
         for images, labels in self.raw_batches(indices, seed):
             yield normalize(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
@@ -205,39 +223,54 @@ class Data(NamedTuple):
     held_out: InMemory | Streamed
 
 
-def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, progress=True):
+def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, progress=True, hold_out=0.0,
+         crop_scale=PRETRAINING_CROP, augment=None):
     """The Data called name: "shapes", "cifar10", or a directory.
 
-    limit keeps that many training images, always the same ones. Raises BadInput.
+    limit keeps that many training images. With hold_out above 0, this share of the training images is
+    kept back, and takes the place of the held-out ones: for choosing a recipe without looking at the
+    test set. Both are the same images in every run. augment is a further transform of torchvision's for
+    the training images. Raises BadInput.
     """
     if channels not in (1, 3):
         raise BadInput(f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
-    if name in ("shapes", "cifar10"):
+    decoded = name in ("shapes", "cifar10")
+    if decoded:
         train, held_out = make_shapes_data() if name == "shapes" else cifar10()
-        parts = []
-        for images, labels, classes in (train, held_out):
-            images = images if channels == 3 else v2.functional.rgb_to_grayscale(images)
-            keep = limited(len(images), limit if not parts else None)
-            parts.append(InMemory(images[keep], labels[keep], classes, image_size, device))
-        return Data(*parts)
-
-    parts = []
-    for paths, labels, classes in folder(Path(name)):
-        keep = limited(len(paths), limit if not parts else None).tolist()
-        part = Streamed([paths[i] for i in keep], [labels[i] for i in keep], classes,
-                        image_size, channels, device, workers)
-        small = image_size <= SMALL_IMAGE and len(part) * channels * image_size**2 <= DECODED_BYTES
-        parts.append(decode(part, image_size, progress) if small else part)
-    return Data(*parts)
+    else:
+        train, held_out = folder(Path(name))
+    keep, back = divided(len(train[0]), limit, hold_out)
+    parts = [(train, keep, augment), (train, back, None) if hold_out else (held_out, torch.arange(len(held_out[0])), None)]
+    if not decoded:
+        return Data(*(from_files(part, ids, image_size, channels, device, workers, progress, crop_scale, further)
+                      for part, ids, further in parts))
+    loaded = []
+    for (images, labels, classes), ids, further in parts:
+        images = images if channels == 3 else v2.functional.rgb_to_grayscale(images)
+        loaded.append(InMemory(images[ids], labels[ids], classes, image_size, device, further))
+    return Data(*loaded)
 
 
-def limited(n, limit):
-    """The indices of `limit` of n images, the same in every run; all of them, in order, without a limit."""
-    if limit is None:
-        return torch.arange(n)
-    if not 1 <= limit <= n:
-        raise BadInput(f"--limit: {limit} must be from 1 to the number of training images, {n}")
-    return torch.randperm(n, generator=randomness("limit"))[:limit].sort().values
+def divided(n, limit, hold_out):
+    """Indices below n to train on, `limit` of them or all, and the share `hold_out` to keep back; both the same in every run."""
+    back = math.ceil(n * hold_out)
+    order = torch.randperm(n, generator=randomness("hold out")) if hold_out else torch.arange(n)
+    keep = order[back:].sort().values
+    if limit is not None:
+        if not 1 <= limit <= len(keep):
+            raise BadInput(f"--limit: {limit} must be from 1 to the number of training images, {len(keep)}")
+        keep = keep[torch.randperm(len(keep), generator=randomness("limit"))[:limit].sort().values]
+    return keep, order[:back].sort().values
+
+
+def from_files(part, ids, image_size, channels, device, workers, progress, crop_scale, augment):
+    """Those of part, (paths, labels, classes), that ids name: decoded into memory where they fit, streamed where not."""
+    paths, labels, classes = part
+    ids = ids.tolist()
+    files = Streamed([paths[i] for i in ids], [labels[i] for i in ids], classes, image_size, channels, device, workers,
+                     crop_scale, augment)
+    small = image_size <= SMALL_IMAGE and len(files) * channels * image_size**2 <= DECODED_BYTES
+    return decode(files, image_size, progress) if small else files
 
 
 def decode(part, image_size, progress):
@@ -249,7 +282,7 @@ def decode(part, image_size, progress):
         images[ids] = batch
         bar.update(len(ids))
     bar.close()
-    return InMemory(images, torch.tensor(part.labels), part.classes, image_size, part.device)
+    return InMemory(images, torch.tensor(part.labels), part.classes, image_size, part.device, part.further)
 
 
 def cifar10(root="data"):

@@ -75,6 +75,14 @@ def number(kind, zero=False, below=math.inf):
     return parse
 
 
+MODELS = {  # the sizes that the presets of several scripts share
+    "nano": dict(image_size=32, patch_size=4, dim=96, depth=12, heads=3,
+                 decoder_dim=64, decoder_depth=4, decoder_heads=2),
+    "tiny": dict(image_size=32, patch_size=4, dim=192, depth=12, heads=3,
+                 decoder_dim=128, decoder_depth=4, decoder_heads=4),
+    "base": dict(image_size=224, patch_size=16, dim=768, depth=12, heads=12,
+                 decoder_dim=512, decoder_depth=4, decoder_heads=16),
+}
 MODEL_HELP = {
     "image_size": "side of the images, in pixels", "patch_size": "side of a patch, in pixels",
     "channels": "1 for grey, 3 for RGB", "dim": "width of the encoder", "depth": "blocks of the encoder",
@@ -88,7 +96,7 @@ MODEL_HELP = {
 
 
 def add_model_options(parser):
-    """Config's fields as options: --image-size, --taps, --norm-pix/--no-norm-pix and so on."""
+    """Config's fields as options: --image-size, --taps, --norm-pix/--no-norm-pix and so on; returns their group."""
     group = parser.add_argument_group("model")
     kinds = {"taps": numbers(int), "alphas": numbers(Fraction)}
     for field in dataclasses.fields(Config):
@@ -126,9 +134,13 @@ def add_common_options(parser):
 
 def config_from(options):
     """The Config that the model options describe; raises BadInput that names the option."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}
+    return checked(lambda: Config(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Config)}))
+
+
+def checked(make):
+    """make(), which makes a Config; where a field of it is refused, BadInput names the option of the same name."""
     try:
-        return Config(**values)
+        return make()
     except BadInput as error:
         field, reason = str(error).split(": ", 1)
         raise BadInput(f"--{field.replace('_', '-')}: {reason}") from None
@@ -200,6 +212,11 @@ class Machine:
     def share(self, batch):
         """This process's part of what belongs to a whole batch (B, …): (B / world, …)."""
         return batch.chunk(self.world)[self.rank]
+
+    def agree(self, model):
+        """Give every process the first one's buffers, such as the statistics of a batch norm."""
+        for buffer in model.buffers() if self.world > 1 else ():
+            dist.broadcast(buffer, 0)
 
     def mean(self, values):
         """The average of a tensor over the processes."""
@@ -291,12 +308,30 @@ def decays(name, parameter):
     return parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
 
 
-def make_optimizer(model, options):
-    """AdamW in two groups, with and without weight decay, of the parameters that are trained."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for name, p in trained if decays(name, p)], "weight_decay": options.weight_decay},
-              {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0}]
+def make_optimizer(model, options, rate_scale=lambda name: 1.0):
+    """AdamW for the parameters that are trained, in groups that share weight decay and rate_scale(name), see set_rate."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = rate_scale(name), options.weight_decay if decays(name, parameter) else 0.0
+            groups.setdefault(key, []).append(parameter)
+    groups = [{"params": groups[key], "rate_scale": key[0], "weight_decay": key[1]} for key in sorted(groups, reverse=True)]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, options.beta2), fused=True)
+
+
+def set_rate(optimizer, rate):
+    """Give each of make_optimizer's groups its share of a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_scale"]
+
+
+def check_finite(losses, epoch, names):
+    """Raise RunFailed if one of an epoch's losses (steps, len(names)) is NaN or infinite."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        step, column = bad[0].tolist()
+        raise RunFailed(f"epoch {epoch + 1}, step {step + 1}: {names[column]} is {losses[step, column].item()}; what was "
+                        f"saved before is intact; try a lower --lr, a longer --warmup-epochs or --no-amp, with another --out")
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -332,29 +367,64 @@ def load(path):
         raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({reason[:80]})") from None
 
 
-def load_model(path, norm_pix=True):
-    """(Config or None, state_dict with DeepMIM's names) of a pre-trained model.
-
-    Reads our own model.pt and the MAE reference checkpoints, {"model": …}. Those don't record their
-    settings: sizes follow from the weights, heads from MAE's published models, and norm_pix is the
-    caller's to say. Config is None for an encoder alone. Raises BadInput.
-    """
+def load_state(path):
+    """(the options of Config that are recorded or None, state_dict) of a file: {"config": …, "model": …} of ours,
+    {"model": …} of MAE's code, {"state_dict": …} or a bare state_dict, as of timm's models. Raises BadInput."""
     content = load(path)
-    state = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadInput(f'{path}: not a model; {{"config": …, "model": …}} of ours or {{"model": …}} of MAE is needed')
-    if "config" in content:
-        try:
-            return Config(**content["config"]), state
-        except (TypeError, BadInput) as error:
-            raise BadInput(f"{path}: its config can't be used ({error})") from None
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        raise BadInput(f"{path}: neither a model of ours nor an MAE checkpoint: patch_embed.proj.weight or pos_embed is missing")
+    state = content
+    if isinstance(content, dict):
+        state = content.get("model", content.get("state_dict", content))
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BadInput(f'{path}: not a model; {{"config": …, "model": …}} of ours, {{"model": …}} of MAE or a '
+                       "state_dict of timm's ViT is needed")
+    return content.get("config"), state
+
+
+def load_model(path, norm_pix=True):
+    """(Config, state_dict with DeepMIM's names) of a pre-trained model with its decoders, ours or MAE's.
+
+    MAE's files don't record their settings: sizes follow from the weights, heads from MAE's published
+    models, and norm_pix is the caller's to say. Raises BadInput.
+    """
+    config, state = load_state(path)
+    if config is not None:
+        return recorded_config(config, path), state
+    encoder = sizes_of(state, None, path)
+    if "decoder_embed.weight" not in state:
+        raise BadInput(f"{path}: it has an encoder only; a checkpoint with its decoder is needed")
+    decoder_depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+    decoder_dim = len(state["decoder_embed.weight"])
+    if decoder_dim != 512:
+        raise BadInput(f"{path}: no model of MAE's has a decoder {decoder_dim} wide, so its heads can't be known")
     try:
-        config = mae_config(state, norm_pix)
-    except ValueError as error:
+        config = dataclasses.replace(encoder, decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=16,
+                                     norm_pix=norm_pix)
+    except BadInput as error:
         raise BadInput(f"{path}: its sizes can't be used ({error})") from None
     return config, {our_name(name): value for name, value in state.items()}
+
+
+def load_encoder(path, heads=None):
+    """(Config, state_dict) of a checkpoint with an encoder, ours, MAE's or timm's; the encoder's names are ViT's own.
+
+    Whatever else the file holds keeps a name that no ViT has. Only Config's sizes of an encoder mean
+    something where they follow from the weights, and `heads` must be given for a width that
+    ENCODER_HEADS doesn't know. Raises BadInput.
+    """
+    config, state = load_state(path)
+    state = {name.removeprefix("encoder."): value for name, value in state.items()}
+    config = sizes_of(state, heads, path) if config is None else recorded_config(config, path)
+    if heads not in (None, config.heads):
+        raise BadInput(f"--heads: {path} has {config.heads}, not {heads}")
+    return config, state
+
+
+def recorded_config(values, path):
+    """The Config that one of our own files records."""
+    try:
+        return Config(**values)
+    except (TypeError, BadInput) as error:
+        raise BadInput(f"{path}: its config can't be used ({error})") from None
 
 
 def our_name(name):
@@ -364,23 +434,28 @@ def our_name(name):
     return "encoder." + name
 
 
-MAE_HEADS = {(768, 512): (12, 16), (1024, 512): (16, 16), (1280, 512): (16, 16)}  # by width: ViT-B, -L, -H and decoder
+ENCODER_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published models of MAE and timm, by width
 
 
-def mae_config(state, norm_pix):
-    """The Config of an MAE reference checkpoint, or None for an encoder alone."""
-    if "decoder_embed.weight" not in state:
-        return None
-    dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-    decoder_dim = len(state["decoder_embed.weight"])
-    depth, decoder_depth = (len({name.split(".")[1] for name in state if name.startswith(prefix)})
-                            for prefix in ("blocks.", "decoder_blocks."))
-    side = math.isqrt(state["pos_embed"].shape[1] - 1)
-    if (dim, decoder_dim) not in MAE_HEADS:
-        raise BadInput(f"no model of MAE's is {dim} wide with a decoder {decoder_dim} wide, so its heads can't be known")
-    heads, decoder_heads = MAE_HEADS[dim, decoder_dim]
-    return Config(side * patch_size, patch_size, channels, dim, depth, heads, decoder_dim, decoder_depth,
-                  decoder_heads, (depth,), (), norm_pix=norm_pix)
+def sizes_of(state, heads, path):
+    """The Config of an encoder of which only the weights are known, with one tap; its decoder is made up."""
+    missing = [name for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight") if name not in state]
+    if missing:
+        raise BadInput(f"{path}: no ViT of ours, MAE's or timm's: {missing[0]} is missing")
+    weight, positions = state["patch_embed.proj.weight"], state["pos_embed"]
+    if weight.ndim != 4 or positions.ndim != 3 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+        raise BadInput(f"{path}: patch_embed.proj.weight {tuple(weight.shape)} and pos_embed {tuple(positions.shape)} are "
+                       "not of square patches and of a class token and a square of patches")
+    dim, channels, patch_size, _ = weight.shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    heads = heads or ENCODER_HEADS.get(dim)
+    if not heads:
+        raise BadInput(f"{path}: its heads can't be known from a width of {dim}; say --heads")
+    try:
+        return Config(math.isqrt(positions.shape[1] - 1) * patch_size, patch_size, channels, dim, depth, heads,
+                      taps=(depth,))
+    except BadInput as error:
+        raise BadInput(f"{path}: its sizes can't be used ({error})") from None
 
 
 def load_weights(module, state, path):

@@ -21,16 +21,11 @@ import data
 import engine
 from deepmim import BadInput, Config, DeepMIM, check_teacher, paint
 
-NANO = dict(image_size=32, patch_size=4, dim=96, depth=12, heads=3,
-            decoder_dim=64, decoder_depth=4, decoder_heads=2)
 PRESETS = {
-    "shapes": dict(NANO, data="shapes", epochs=4, batch_size=64, lr=2e-3),
-    "cifar10-nano": dict(NANO, data="cifar10", epochs=15, batch_size=64, lr=1e-3),
-    "cifar10": dict(NANO, data="cifar10", dim=192, decoder_dim=128, decoder_heads=4,
-                    epochs=400, batch_size=1024, lr=2e-3),
-    "imagenet": dict(image_size=224, patch_size=16, dim=768, depth=12, heads=12,
-                     decoder_dim=512, decoder_depth=4, decoder_heads=16, data="imagenet",
-                     epochs=800, batch_size=4096, blr=1.5e-4, warmup_epochs=40),
+    "shapes": dict(engine.MODELS["nano"], data="shapes", epochs=4, batch_size=64, lr=2e-3),
+    "cifar10-nano": dict(engine.MODELS["nano"], data="cifar10", epochs=15, batch_size=64, lr=1e-3),
+    "cifar10": dict(engine.MODELS["tiny"], data="cifar10", epochs=400, batch_size=1024, lr=2e-3),
+    "imagenet": dict(engine.MODELS["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4, warmup_epochs=40),
 }
 CHECK_EVERY = 10  # steps between looks at the losses: each look makes a GPU wait
 PICTURES = 8      # rows of reconstruction.png
@@ -42,7 +37,7 @@ def parse_options():
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=("deepmim", "mae"), default="deepmim", help="mae is one tap, the last block")
     group.add_argument("--teacher", help="model.pt of a pre-trained MAE, ours or the reference's, for hybrid targets")
-    group.add_argument("--init", help="model.pt whose encoder to start from, ours or MAE's")
+    group.add_argument("--init", help="checkpoint whose encoder to start from: our model.pt, MAE's or a timm ViT's")
     engine.add_model_options(parser)
     engine.add_common_options(parser)
     options = parser.parse(PRESETS, "shapes")
@@ -66,8 +61,6 @@ def load_teacher(options, config, device):
             raise BadInput("--alphas: they mix the image with the reconstruction of a --teacher, and none is given")
         return None
     teacher_config, state = engine.load_model(options.teacher, options.norm_pix)
-    if teacher_config is None:
-        raise BadInput(f"--teacher: {options.teacher} has an encoder only; a checkpoint with its decoder is needed")
     try:
         check_teacher(config, teacher_config)
     except BadInput as error:
@@ -92,8 +85,7 @@ def train_epoch(model, teacher, images, optimizer, scaler, options, config, mach
                disable=None if machine.speaks else True)
     for step in range(steps):
         rate = engine.rate_at(epoch * steps + step, steps, options)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        engine.set_rate(optimizer, rate)
 
         # Drawn for the whole batch, so that a mask doesn't depend on the process and part that an image falls to.
         noise = torch.rand(options.batch_size, config.patches,
@@ -111,20 +103,10 @@ def train_epoch(model, teacher, images, optimizer, scaler, options, config, mach
 
         bar.update(options.batch_size)
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            check_finite(machine.mean(losses[: step + 1]), epoch, config)
+            engine.check_finite(machine.mean(losses[: step + 1]), epoch, [f"the loss after block {tap}" for tap in config.taps])
             bar.set_postfix(loss=f"{losses[step].sum():.4f}", lr=f"{rate:.1e}")
     bar.close()
     return machine.mean(losses.mean(dim=0)), rate
-
-
-def check_finite(losses, epoch, config):
-    """Raise RunFailed if one of an epoch's losses (steps, taps) is NaN or infinite."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        step, tap = bad[0].tolist()
-        raise engine.RunFailed(f"epoch {epoch + 1}, step {step + 1}: the loss after block {config.taps[tap]} is "
-                               f"{losses[step, tap].item()}; what was saved before is intact; try a lower --lr, "
-                               f"a longer --warmup-epochs or --no-amp, with another --out")
 
 
 @torch.no_grad()
@@ -161,9 +143,7 @@ def main():
         raise BadInput(f"--batch-size: {options.batch_size} is more than the {len(images.train)} training images")
 
     if options.init:
-        _, state = engine.load_model(options.init)
-        engine.load_weights(model.encoder, {name.removeprefix("encoder."): value for name, value in state.items()},
-                            options.init)
+        engine.load_weights(model.encoder, engine.load_encoder(options.init, options.heads)[1], options.init)
     model.to(machine.device)
     optimizer = engine.make_optimizer(model, options)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)

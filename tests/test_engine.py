@@ -94,16 +94,38 @@ def test_an_mae_of_unknown_width_is_refused(tmp_path):
 @pytest.mark.parametrize("dim, depth, patch, heads", [(768, 12, 16, 12), (1024, 24, 16, 16), (1280, 32, 14, 16)])
 def test_sizes_of_the_published_mae_models(dim, depth, patch, heads):
     with torch.device("meta"):
-        config = Config(224, patch, 3, dim, depth, heads, 512, 8, 16, (depth,), norm_pix=True)
-        assert engine.mae_config(mae_checkpoint(config), norm_pix=True) == config
+        state = mae_checkpoint(Config(224, patch, 3, dim, depth, heads, 512, 8, 16, (depth,)))
+    found = engine.sizes_of(state, None, "mae.pth")
+    assert (found.image_size, found.patch_size, found.dim, found.depth, found.heads) == (224, patch, dim, depth, heads)
 
 
-def test_an_mae_encoder_alone_has_no_config(tmp_path):
-    state = {name: value for name, value in mae_checkpoint(Config(8, 2, 3, 16, 2, 2, 8, 1, 2, (2,))).items()
-             if not name.startswith(("decoder", "mask"))}
-    torch.save({"model": state}, tmp_path / "encoder.pth")
-    config, ours = engine.load_model(tmp_path / "encoder.pth")
-    assert config is None and set(ours) == {"encoder." + name for name in DeepMIM(TINY).encoder.state_dict()}
+def encoder_file(path, **changes):
+    """A checkpoint of an encoder alone, with the names of MAE's code and of timm."""
+    state = DeepMIM(Config(8, 2, 3, 16, 2, 2, 8, 1, 2, (2,))).encoder.state_dict()
+    torch.save({"model": {**state, **changes}}, path)
+    return path
+
+
+def test_an_encoder_alone_is_no_teacher(tmp_path):
+    with pytest.raises(BadInput, match="say --heads"):  # 16 is the width of no published model
+        engine.load_encoder(encoder_file(tmp_path / "encoder.pth"))
+    config, state = engine.load_encoder(tmp_path / "encoder.pth", heads=4)
+    assert (config.image_size, config.patch_size, config.dim, config.depth, config.heads) == (8, 2, 16, 2, 4)
+    assert set(state) == set(DeepMIM(TINY).encoder.state_dict())
+    state = {name: torch.zeros(1, 5, 192) if name == "pos_embed" else value for name, value in state.items()}
+    torch.save({"model": {**state, "patch_embed.proj.weight": torch.zeros(192, 3, 2, 2)}}, tmp_path / "wide.pth")
+    with pytest.raises(BadInput, match="an encoder only"):
+        engine.load_model(tmp_path / "wide.pth")
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(pos_embed=torch.zeros(1, 16, 16)), "and of a class token and a square of patches"),
+    (dict(pos_embed=torch.zeros(16)), "a class token and a square"),
+    ({"patch_embed.proj.weight": torch.zeros(16, 12)}, "a class token and a square"),
+])
+def test_an_encoder_of_another_kind_is_refused(tmp_path, changes, words):
+    with pytest.raises(BadInput, match=words):
+        engine.load_encoder(encoder_file(tmp_path / "encoder.pth", **changes), heads=2)
 
 
 class Trap:
