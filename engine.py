@@ -6,6 +6,7 @@ Each part stands alone; train.py and finetune.py put them together in a plain lo
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -31,9 +32,9 @@ import matplotlib.pyplot as plt  # noqa: E402  after the choice of a back end th
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line, exit status 2, and which knows presets."""
 
-    def __init__(self, description="", add_help=True):
+    def __init__(self, description="", **kwargs):
         super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         allow_abbrev=False, add_help=add_help)
+                         allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise BadInput(message)
@@ -232,7 +233,16 @@ def start(options):
     if options.batch_size % (world * options.accumulate):
         raise BadInput(f"--batch-size: {options.batch_size} must be divisible by {world} processes × "
                        f"--accumulate {options.accumulate}")
-    device = torch.device(options.device or best_device())
+    device = find_device(options.device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(options.seed)
+    return Machine(device, rank, world, mixed_precision(device) if options.amp else torch.float32)
+
+
+def find_device(name=None):
+    """The torch.device called name, or the best there is; of several GPUs this process's own. Raises BadInput."""
+    device = torch.device(name or best_device())
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise BadInput("--device: there is no cuda device here; leave the option out, or use cpu")
@@ -244,10 +254,14 @@ def start(options):
         torch.set_float32_matmul_precision("high")
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise BadInput("--device: there is no mps device here; leave the option out, or use cpu")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(options.seed)
-    return Machine(device, rank, world, mixed_precision(device) if options.amp else torch.float32)
+    return device
+
+
+def single_machine(device):
+    """The Machine of a script that runs alone, in full float32."""
+    device = find_device(device)
+    torch.set_float32_matmul_precision("highest")
+    return Machine(device, 0, 1, torch.float32)
 
 
 def best_device():
@@ -472,8 +486,20 @@ def load_weights(module, state, path):
 # -------------------------------------------------------------------------------------- pictures
 
 
-def draw_pictures(path, columns, title):
-    """Write a PNG with a column of pictures for each name: columns {name: (B, C, H, H) in 0 … 1}."""
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, for all eyes
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9, "axes.labelsize": 9,
+                     "legend.fontsize": 8, "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8})
+
+
+def line_styles():
+    """Yield how to draw one line after another: colours that all eyes tell apart, and marks and dashes for print."""
+    for number in itertools.count():
+        yield {"color": COLOURS[number % len(COLOURS)], "marker": "os^Dv<>"[number % 7], "markersize": 4,
+               "linestyle": ("-", "--", "-.", ":")[number % 4]}
+
+
+def picture_figure(columns, title):
+    """A figure with a column of pictures for each name: columns {name: (B, C, H, H) in 0 … 1}."""
     rows, _, side, _ = next(iter(columns.values())).shape
     gap = max(1, side // 16)
     figure, axes = plt.subplots(1, len(columns), figsize=(1.3 * len(columns), 1.3 * rows + 0.6), squeeze=False,
@@ -485,6 +511,11 @@ def draw_pictures(path, columns, title):
         axis.set_title(name, fontsize=9)
         axis.axis("off")
     figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def write_figure(path, figure):
+    """Write a figure as a PNG, and let go of it."""
     write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
     plt.close(figure)
 

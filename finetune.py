@@ -391,6 +391,321 @@ def draw_curves(path, history, title):
     """Write a PNG: training and validation loss, and validation accuracy, over epochs (the paper's fine-tuning figure)."""
     figure, (left, right) = engine.plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     epochs = [line["epoch"] for line in history]
+    for (name, key), style in zip({"training, augmented": "train_loss", "validation": "val_loss"}.items(), engine.line_styles()):
+        left.plot(epochs, [line[key] for line in history], label=name, **style)
+    left.set(xlabel="epoch", ylabel="cross-entropy")
+    left.legend()
+    right.plot(epochs, [100 * line["val_accuracy"] for line in history], **style)
+    right.set(xlabel="epoch", ylabel="validation accuracy, %")
+    figure.suptitle(title, fontsize=9)
+    engine.write_figure(path, figure)
+
+
+def freeze(self, layers):
+        """Stop training the lowest layers, counted as layer_of does. Autograd then keeps nothing of them and stops above them."""
+        self.frozen = layers
+        for name, parameter in self.named_parameters():
+            if layer_of(name, len(self.encoder.blocks)) < layers:
+                parameter.requires_grad = False
+
+    def train(self, mode=True):
+        """As for any module, but frozen blocks stay in eval mode, without stochastic depth."""
+        super().train(mode)
+        for block in self.encoder.blocks[: max(0, self.frozen - 1)]:
+            block.eval()
+        return self
+
+
+def layer_of(name, depth):
+    """The layer that a parameter of Classifier belongs to: 0 the embedding, 1 … depth the blocks, depth + 1 all above."""
+    if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
+        return 0
+    if name.startswith("encoder.blocks."):
+        return 1 + int(name.split(".")[2])
+    return depth + 1
+
+
+def layer_decay(name, depth, decay):
+    """The share of the learning rate that a parameter gets: 1 above the blocks, `decay` times less with each layer below
+    (Clark et al. 2020, ELECTRA; BEiT and MAE's fine-tuning)."""
+    return decay ** (depth + 1 - layer_of(name, depth))
+
+
+def add_stochastic_depth(encoder, rate):
+    """Let each image skip a block's two branches with a probability that rises from 0 in the first to `rate` in the last
+    block (Huang et al. 2016); what isn't skipped is scaled up, so that the mean stays."""
+    last = max(1, len(encoder.blocks) - 1)
+    for i, block in enumerate(encoder.blocks):
+        block.drop_path = StochasticDepth(rate * i / last, mode="row")
+
+
+def resize_positions(positions, side):
+    """Positions (1, 1 + s², D) for a grid of side² patches, bicubic: (1, 1 + side², D). The class token's stays as it is."""
+    cls_token, grid = positions[:, :1], positions[:, 1:]
+    grid = rearrange(grid, "one (h w) d -> one d h w", h=round(grid.shape[1] ** 0.5))
+    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)  # (1, D, side, side)
+    return torch.cat([cls_token, rearrange(grid, "one d h w -> one (h w) d")], dim=1)
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def parse_options():
+    """The command line as a namespace; raises BadInput where options exclude one another."""
+    parser = engine.Parser(__doc__.split("\n")[0])
+    group = parser.add_argument_group("start")
+    start = group.add_mutually_exclusive_group(required=True)
+    start.add_argument("--init", help="checkpoint whose encoder to start from: our model.pt, MAE's or a timm ViT's")
+    start.add_argument("--scratch", action="store_true", help="start from random weights, of the preset's sizes")
+    mode = parser.add_argument_group("what to train (all of it when not given)").add_mutually_exclusive_group()
+    mode.add_argument("--trainable-blocks", type=engine.number(int, zero=True), metavar="K",
+                      help="train the last K blocks and the head only")
+    mode.add_argument("--reinit-blocks", type=engine.number(int, zero=True), metavar="K",
+                      help="start the last K blocks from random weights, and train everything")
+    mode.add_argument("--linear-probe", action="store_true", help="train a linear classifier on the frozen encoder")
+    mode.add_argument("--knn", action="store_true", help="train nothing: nearest neighbours among the training images")
+    mode.add_argument("--eval", action="store_true", help="train nothing: measure the fine-tuned model.pt of --init")
+    group = parser.add_argument_group("model (what isn't given is the checkpoint's, or with --scratch the preset's)")
+    for name in MODEL_OPTIONS:
+        group.add_argument("--" + name.replace("_", "-"), type=engine.number(int), help=engine.MODEL_HELP[name])
+    group.add_argument("--pool", choices=("mean", "cls"), default="mean", help="classify the mean patch token, or the class token")
+    engine.add_common_options(parser)
+    add_recipe_options(parser)
+    presets = PRESETS
+    if "--linear-probe" in sys.argv:  # which has a recipe of its own
+        presets = {name: {**preset, **LINEAR_PROBE} for name, preset in PRESETS.items()}
+    options = parser.parse(presets, "shapes")
+    if options.eval and not options.init:
+        raise BadInput("--eval: a fine-tuned model is needed, --init runs/shapes-finetune/model.pt")
+    if options.warmup_epochs is not None and options.warmup_epochs >= options.epochs:
+        raise BadInput(f"--warmup-epochs: {options.warmup_epochs:g} must be below --epochs, {options.epochs}")
+    if not options.out:
+        options.out = f"runs/{options.preset}-{mode_name(options)}"
+    return options
+
+
+def add_recipe_options(parser):
+    """The options of the classification recipe, and of the nearest neighbours."""
+    share = engine.number(float, zero=True, below=1)
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--layer-decay", type=engine.number(float), default=0.75, help="share of the learning rate that each layer passes on to the one below")
+    group.add_argument("--drop-path", type=share, default=0.0, help="stochastic depth of the last block; less below")
+    group.add_argument("--smoothing", type=share, default=0.1, help="label smoothing")
+    group.add_argument("--mixup", type=engine.number(float, zero=True), default=0.0, help="MixUp's alpha; 0 is none")
+    group.add_argument("--cutmix", type=engine.number(float, zero=True), default=0.0, help="CutMix's alpha; 0 is none; with both, each batch gets one of them")
+    group.add_argument("--randaugment", type=engine.number(int, zero=True, below=31), default=0, help="RandAugment's magnitude, to 30; 0 is none")
+    group.add_argument("--erasing", type=share, default=0.0, help="probability of random erasing")
+    group.add_argument("--clip-grad", type=engine.number(float), help="largest norm of the gradient; unlimited when not given")
+    group.add_argument("--hold-out", type=share, default=0.0, help="measure on this share of the training images, not on the test images")
+    group = parser.add_argument_group("nearest neighbours")
+    group.add_argument("--knn-k", type=engine.number(int), default=20, help="neighbours that vote")
+    group.add_argument("--temperature", type=engine.number(float), default=0.07, help="a vote weighs exp(cosine similarity / this)")
+
+
+def mode_name(options):
+    """The run's name in --out: what is trained, and on what."""
+    name = "scratch" if options.scratch else "finetune"
+    if options.trainable_blocks is not None:
+        return f"{name}-last-{options.trainable_blocks}"
+    if options.reinit_blocks is not None:
+        return f"{name}-reinit-{options.reinit_blocks}"
+    kind = "linear-probe" if options.linear_probe else "knn" if options.knn else None
+    return name if kind is None else f"scratch-{kind}" if options.scratch else kind
+
+
+# ------------------------------------------------------------------------------------ the start
+
+
+def sizes(options):
+    """(Config, state_dict or None) of the encoder to start from: the checkpoint's sizes, or the preset's for --scratch.
+
+    Raises BadInput where an option contradicts the checkpoint; only the image size may.
+    """
+    given = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
+    if options.scratch:
+        values = {**engine.MODELS[SIZES[options.preset]], **given}
+        return engine.checked(lambda: Config(**values, taps=(values["depth"],))), None
+    config, state = engine.load_encoder(options.init, options.heads)
+    for name, value in given.items():
+        if name != "image_size" and value != getattr(config, name):
+            raise BadInput(f"--{name.replace('_', '-')}: {options.init} has {getattr(config, name)}, not {value}; "
+                           "leave the option out, or use another checkpoint")
+    image_size = given.get("image_size", config.image_size)
+    return engine.checked(lambda: dataclasses.replace(config, image_size=image_size)), state
+
+
+def initialize(model, config, state, options, machine):
+    """Copy a checkpoint's encoder into a Classifier, and say what came from where; raises BadInput if a weight is missing."""
+    own = model.encoder.state_dict()
+    fresh = set()
+    if options.reinit_blocks:
+        first = config.depth - options.reinit_blocks
+        fresh = {name for name in own if name.startswith("blocks.") and int(name.split(".")[1]) >= first}
+    side = config.image_size // config.patch_size
+    resized = state["pos_embed"].shape[1] != 1 + side**2 if "pos_embed" in state else False
+    if resized:
+        state = {**state, "pos_embed": resize_positions(state["pos_embed"], side)}
+    engine.load_weights(model.encoder, {**state, **{name: own[name] for name in fresh}}, options.init)
+
+    loaded = [name for name in own if name not in fresh]
+    machine.say(f"loaded from {options.init}: {summary(loaded)}" + (" (positions resized)" if resized else ""))
+    machine.say(f"left out: {summary(name for name in state if name not in loaded) or 'nothing'}")
+    rest = [name for name in model.state_dict() if name.removeprefix("encoder.") not in loaded]
+    machine.say(f"as at initialisation: {summary(rest)}")
+
+
+def summary(names):
+    """Names of weights in short, parts and ranges of blocks, as in "cls_token, blocks.0–11, fc_norm"."""
+    parts = {}
+    for name in names:
+        part, number = (*name.removeprefix("encoder.").split("."), "")[:2]
+        parts.setdefault(part, set()).update([int(number)] if number.isdigit() else [])
+    return ", ".join(f"{part}.{min(numbers)}–{max(numbers)}" if numbers else part for part, numbers in parts.items())
+
+
+def load_classifier(path):
+    """(Config, Classifier, class names) of a fine-tuned model.pt; raises BadInput."""
+    config, state = engine.load_model(path)
+    content = engine.load(path)
+    if not {"classes", "pool", "linear_probe"} <= content.keys():
+        raise BadInput(f"--eval: {path} has no classifier; a model.pt written by finetune.py is needed")
+    model = Classifier(config, len(content["classes"]), content["pool"], content["linear_probe"])
+    engine.load_weights(model, state, path)
+    return config, model, content["classes"]
+
+
+# ------------------------------------------------------------------------------ training and measuring
+
+
+def mixing(options, classes):
+    """MixUp, CutMix, or one of them by chance for each batch: (images, labels (B,)) to (images, shares (B, classes)). None without."""
+    ways = []
+    if options.mixup:
+        ways.append(v2.MixUp(alpha=options.mixup, num_classes=classes))
+    if options.cutmix:
+        ways.append(v2.CutMix(alpha=options.cutmix, num_classes=classes))
+    return v2.RandomChoice(ways) if ways else None
+
+
+def train_epoch(model, images, optimizer, scaler, options, machine, epoch):
+    """One pass over the training images: the mean loss and the last learning rate. Raises RunFailed on a loss that is no number."""
+    order = data.epoch_order(len(images), options.batch_size, options.seed, epoch)  # (steps, batch)
+    parts = [part for batch in order for part in machine.share(batch).chunk(options.accumulate)]
+    batches = images.batches(parts, (options.seed, epoch))
+    mix = mixing(options, len(images.classes))
+    erase = v2.RandomErasing(options.erasing, value="random")
+    steps = len(order)
+
+    model.train()
+    losses = torch.zeros(steps, 1, device=machine.device)
+    bar = tqdm(total=steps * options.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.epochs}", leave=False,
+               disable=None if machine.speaks else True)
+    for step in range(steps):
+        rate = engine.rate_at(epoch * steps + step, steps, options)
+        engine.set_rate(optimizer, rate)
+        for part in range(options.accumulate):
+            batch, labels = next(batches)
+            key = (options.seed, "step", epoch, step, machine.rank, part)
+            torch.manual_seed(data.randomness(*key).initial_seed())  # for mixing and stochastic depth
+            if options.erasing:
+                batch = data.in_groups(erase, batch, *key, "erasing")
+            if mix:
+                batch, labels = mix(batch, labels)
+            with engine.gradients_averaged(model, part + 1 == options.accumulate):
+                with machine.autocast():
+                    logits = model(batch)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.smoothing) / options.accumulate
+                scaler.scale(loss).backward()
+            losses[step] += loss.detach()
+        if options.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        bar.update(options.batch_size)
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+            engine.check_finite(machine.mean(losses[: step + 1]), epoch, ["the loss"])
+            bar.set_postfix(loss=f"{losses[step].item():.4f}", lr=f"{rate:.1e}")
+    bar.close()
+    return machine.mean(losses.mean()).item(), rate
+
+
+def score(chunks, classes, machine):
+    """From each chunk's (logits (B, classes), labels (B,)), one process's share of them all: val_loss, val_accuracy and,
+    from ten classes up, val_top5, over all processes."""
+    totals = torch.zeros(4, device=machine.device)
+    for logits, labels in chunks:
+        best = logits.topk(min(5, classes)).indices == labels[:, None]  # (B, 5)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        totals += torch.stack([loss, best[:, 0].sum(), best.sum(), torch.tensor(len(labels), device=loss.device)])
+    loss, right, among, count = (machine.mean(totals) * machine.world).tolist()
+    record = {"val_loss": loss / count, "val_accuracy": right / count}
+    return record if classes < 10 else {**record, "val_top5": among / count}
+
+
+def share_of_chunks(images, machine):
+    """Indices of images in chunks of EVALUATION_BATCH; of these, the ones that are this process's to do."""
+    return torch.arange(len(images)).split(EVALUATION_BATCH)[machine.rank :: machine.world]
+
+
+@torch.no_grad()
+def evaluate(model, images, machine):
+    """Loss and accuracy on images without augmentation, see score."""
+    model.eval()
+    machine.agree(model)
+
+    def chunks():
+        for batch, labels in images.batches(share_of_chunks(images, machine)):
+            with machine.autocast():
+                logits = model(batch)
+            yield logits, labels
+
+    return score(chunks(), len(images.classes), machine)
+
+
+@torch.no_grad()
+def all_features(model, images, machine):
+    """Features of unit length (n, D) and labels (n,) of all images, on every process."""
+    model.eval()
+    width = model.encoder.cls_token.shape[-1]
+    rows = torch.zeros(len(images), width + 1, device=machine.device)  # what other processes do stays zero here …
+    chunks = share_of_chunks(images, machine)
+    for ids, (batch, labels) in zip(chunks, images.batches(chunks)):
+        with machine.autocast():
+            features = model.features(batch)
+        rows[ids] = torch.cat([F.normalize(features.float(), dim=1), labels[:, None]], dim=1)
+    rows = machine.mean(rows) * machine.world  # … so that the sum puts the parts together
+    return rows[:, :width], rows[:, width].round().long()
+
+
+def knn_votes(queries, features, labels, classes, k, temperature):
+    """Weighted nearest neighbours (Wu et al. 2018): queries (Q, D) against features (n, D), labels (n,), to votes (Q, classes).
+
+    All of unit length. Each of the k most similar features votes for its label with exp(similarity / temperature).
+    """
+    similarity, nearest = (queries @ features.T).topk(k, dim=1)               # (Q, k)
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    return votes.scatter_add(1, labels[nearest], (similarity / temperature).exp())
+
+
+def nearest_neighbours(model, images, options, machine):
+    """Accuracy of weighted nearest neighbours on the held-out images, among the training images."""
+    k, classes = options.knn_k, len(images.train.classes)
+    features, labels = all_features(model, images.train, machine)
+    queries, wanted = all_features(model, images.held_out, machine)
+    chunks = ((knn_votes(queries[ids], features, labels, classes, k, options.temperature), wanted[ids])
+              for ids in share_of_chunks(images.held_out, machine))
+    record = score(chunks, classes, machine)
+    del record["val_loss"]  # votes are no logits
+    return record
+
+
+def draw_curves(path, history, title):
+    """Write a PNG: training and validation loss, and validation accuracy, over epochs (the paper's fine-tuning figure)."""
+    figure, (left, right) = engine.plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    epochs = [line["epoch"] for line in history]
     left.plot(epochs, [line["train_loss"] for line in history], "--", marker=".", color="#0072b2", label="training, augmented")
     left.plot(epochs, [line["val_loss"] for line in history], marker=".", color="#d55e00", label="validation")
     left.set(xlabel="epoch", ylabel="cross-entropy")
