@@ -195,7 +195,7 @@ def panels(count, title, width=4.2, height=3.4):
 def heat_map(figure, axis, matrix, title, ylabel, xlabel):
     """Draw a matrix of similarities, blocks counted from 1, from the bottom left corner."""
     rows, columns = matrix.shape
-    image = axis.imshow(matrix, origin="lower", cmap="viridis", extent=(0.5, columns + 0.5, 0.5, rows + 0.5),
+    image = axis.imshow(matrix.numpy(), origin="lower", cmap="viridis", extent=(0.5, columns + 0.5, 0.5, rows + 0.5),
                         vmin=min(0, matrix.min().item()), vmax=1)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(image, ax=axis, shrink=0.85, label="CKA")
