@@ -23,7 +23,7 @@ from torch import nn
 import data
 import engine
 from deepmim import BadInput, DeepMIM, ViT, attention_map, check_teacher, hybrid_targets, paint, pixel_targets
-from deepmim import random_masking, reconstruction_loss
+from deepmim import random_masking
 
 BATCH = 250  # images at a time; CKA is estimated on such batches
 
@@ -192,12 +192,14 @@ def panels(count, title, width=4.2, height=3.4):
     return figure, list(axes[0])
 
 
-def heat_map(figure, axis, matrix, title, ylabel, xlabel):
-    """Draw a matrix of similarities, blocks counted from 1, from the bottom left corner."""
+def heat_map(figure, axis, matrix, lowest, title, ylabel, xlabel):
+    """Draw a matrix of similarities from `lowest` to 1, blocks counted from 1, from the bottom left corner."""
     rows, columns = matrix.shape
     image = axis.imshow(matrix.numpy(), origin="lower", cmap="viridis", extent=(0.5, columns + 0.5, 0.5, rows + 0.5),
-                        vmin=min(0, matrix.min().item()), vmax=1)
+                        vmin=lowest, vmax=1)
     axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    for line in (axis.xaxis, axis.yaxis):
+        line.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axis, shrink=0.85, label="CKA")
 
 
@@ -206,6 +208,7 @@ def lines(axis, series, xlabel, ylabel):
     for (name, values), style in zip(series.items(), engine.line_styles()):
         axis.plot(range(1, len(values) + 1), values, label=name, **style)
     axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
 
 
@@ -216,8 +219,9 @@ def cka_command(options, machine):
     matrices = {name: block_cka(encoder, encoder, batches(), options.tokens) for name, (_, encoder) in encoders.items()}
     figure, (first, *rest) = panels(1 + len(matrices), f"{options.tokens} tokens of {count:,} held-out images of {options.data}")
     lines(first, {name: matrix[:, -1].tolist() for name, matrix in matrices.items()}, "block", "CKA with the last block")
+    lowest = min(matrix.min().item() for matrix in matrices.values())  # one scale for all
     for axis, (name, matrix) in zip(rest, matrices.items()):
-        heat_map(figure, axis, matrix, name, "block", "block")
+        heat_map(figure, axis, matrix, lowest, name, "block", "block")
     return figure, {"images": count, "models": {name: {"with_last": matrix[:, -1].tolist(), "matrix": matrix.tolist()}
                                                 for name, matrix in matrices.items()}}
 
@@ -237,7 +241,7 @@ def cross_cka_command(options, machine):
     row, column = divmod(matrix.argmax().item(), matrix.shape[1])
     figure, (left, right) = panels(2, f"{options.tokens} tokens of {count:,} held-out images of {options.data}", 5)
     lines(left, ways, "block of the other model", "CKA")
-    heat_map(figure, right, matrix, f"highest: {matrix.max():.3f}, marked", f"block of {a}", f"block of {b}")
+    heat_map(figure, right, matrix, matrix.min().item(), f"highest: {matrix.max():.3f}, marked", f"block of {a}", f"block of {b}")
     right.plot(column + 1, row + 1, "o", markersize=12, markerfacecolor="none", markeredgecolor="#d55e00", markeredgewidth=2)
     return figure, {"images": count, "block": options.block, "rows": a, "columns": b, "matrix": matrix.tolist(), "curves": ways,
                     "highest": {a: row + 1, b: column + 1, "cka": matrix.max().item()}}
@@ -262,7 +266,11 @@ def heads_command(options, machine):
 
 @torch.no_grad()
 def reconstruct_command(options, machine):
-    """Held-out images, what is visible, the teacher's x̂ and hybrid targets, and each decoder's picture, with loss and PSNR."""
+    """Held-out images, what is visible, the teacher's x̂ and hybrid targets, and each decoder's picture, with its loss and PSNR.
+
+    With a teacher the loss is that of the hybrid targets. PSNR is always against the image, in pixels, where a patch is drawn
+    with the image's own mean and deviation if the model has norm_pix.
+    """
     path = one_model(options)
     model = load_whole(path, options, machine)
     config = model.config
@@ -282,14 +290,15 @@ def reconstruct_command(options, machine):
         if shown is None:
             shown = images[: options.rows], noise[: options.rows]
     psnr = (-10 * errors.log10()).tolist()
-    columns = reconstruction_columns(model, teacher, *shown)
-    figure = engine.picture_figure(columns, f"{path}, held-out images of {options.data}")
+    captions = [f"block {tap}\n{loss:.3f}, {decibel:.1f} dB" for tap, loss, decibel in zip(config.taps, losses.tolist(), psnr)]
+    figure = engine.picture_figure(reconstruction_columns(model, teacher, captions, *shown),
+                                   f"{path}: loss and PSNR on hidden patches of {count:,} held-out images of {options.data}")
     decoders = {str(tap): {"loss": loss, "psnr": decibel} for tap, loss, decibel in zip(config.taps, losses.tolist(), psnr)}
     return figure, {"images": count, "teacher": str(options.teacher) if teacher else None, "decoders": decoders}
 
 
-def reconstruction_columns(model, teacher, images, noise):
-    """{title: pictures (B, C, H, H) in 0 … 1} of one batch, from the original to the last decoder."""
+def reconstruction_columns(model, teacher, captions, images, noise):
+    """{caption: pictures (B, C, H, H) in 0 … 1} of one batch, from the original to the last decoder; captions for decoders."""
     config = model.config
     ids_keep, _, mask = random_masking(noise, config.mask_ratio)
 
@@ -303,10 +312,7 @@ def reconstruction_columns(model, teacher, images, noise):
         columns["teacher's x̂"] = picture(x_hat)
         for tap, alpha, target in zip(config.taps, config.alphas, hybrid_targets(x, x_hat, config.alphas)):
             columns[f"target {tap}\nα = {alpha:.2f}"] = picture(target)
-    for tap, prediction in zip(config.taps, output.predictions):
-        error = reconstruction_loss(prediction, pixel_targets(images, config.patch_size, config.norm_pix), mask)
-        columns[f"block {tap}\nloss {error:.3f}"] = picture(prediction)
-    return columns
+    return columns | {caption: picture(prediction) for caption, prediction in zip(captions, output.predictions)}
 
 
 @torch.no_grad()
@@ -343,7 +349,7 @@ def curves_command(options, machine):
     histories = {name: read_log(path) for name, path in zip(short_run_names(options.models), options.models)}
     pretraining = {name: history for name, history in histories.items() if "losses" in history[0]}
     finetuning = {name: history for name, history in histories.items() if "val_loss" in history[0]}
-    figure, axes = panels(bool(pretraining) + 2 * bool(finetuning), "")
+    figure, axes = panels(bool(pretraining) + 2 * bool(finetuning), "training curves of " + ", ".join(map(str, options.models)))
     if pretraining:
         axis = axes.pop(0)
         series = {f"{name}, block {tap}": (history, lambda line, tap=tap: line["losses"][tap])
@@ -363,6 +369,7 @@ def over_epochs(axis, series, ylabel):
     for (name, (history, value)), style in zip(series.items(), engine.line_styles()):
         axis.plot([line["epoch"] for line in history], [value(line) for line in history], label=name, **style)
     axis.set(xlabel="epoch", ylabel=ylabel)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
 
 
@@ -407,7 +414,7 @@ def parse_options():
     parser = engine.Parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub = commands.add_parser(name, help=command.__doc__.split("\n")[0], description=command.__doc__)
         many = "RUN" if name == "curves" else "MODEL"
         sub.add_argument("models", nargs="+", type=Path, metavar=many,
                          help="directory of a run" if name == "curves" else "checkpoint such as runs/shapes-deepmim/model.pt")

@@ -395,6 +395,8 @@ def draw_curves(path, history, title):
         left.plot(epochs, [line[key] for line in history], label=name, **style)
     left.set(xlabel="epoch", ylabel="cross-entropy")
     left.legend()
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     right.plot(epochs, [100 * line["val_accuracy"] for line in history], **style)
     right.set(xlabel="epoch", ylabel="validation accuracy, %")
     figure.suptitle(title, fontsize=9)
