@@ -12,6 +12,7 @@ A.pt is a model.pt of train.py or finetune.py, and for all but reconstruct a che
 too. Features are taken from held-out images, unmasked, in float32.
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cli
 import data
 import engine
 from deepmim import BadInput, DeepMIM, ViT, attention_map, check_teacher, hybrid_targets, paint, pixel_targets
@@ -411,7 +413,7 @@ COMMANDS = {"cka": cka_command, "cross-cka": cross_cka_command, "heads": heads_c
 
 def parse_options():
     """The command line as a namespace."""
-    parser = engine.Parser(__doc__.split("\n")[0])
+    parser = cli.Parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.__doc__.split("\n")[0], description=command.__doc__)
@@ -422,22 +424,22 @@ def parse_options():
         if name == "curves":
             continue
         sub.add_argument("--data", default="shapes", help="shapes, cifar10, or a directory")
-        sub.add_argument("--images", type=engine.number(int), default=2000, help="held-out images to look at")
+        sub.add_argument("--images", type=cli.number(int), default=2000, help="held-out images to look at")
         sub.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the best there is when not given")
-        sub.add_argument("--workers", type=engine.number(int, zero=True), default=2, help="processes that decode images")
+        sub.add_argument("--workers", type=cli.number(int, zero=True), default=2, help="processes that decode images")
         if name in ("cka", "cross-cka"):
             sub.add_argument("--tokens", choices=("mean", "cls", "all"), default="mean", help="features: the mean patch token, the class token, or all side by side")
         if name in ("cross-cka", "attention"):
-            sub.add_argument("--block", type=engine.number(int), default=8 if name == "cross-cka" else None,
+            sub.add_argument("--block", type=cli.number(int), default=8 if name == "cross-cka" else None,
                              help="block to look into; the last when not given" if name == "attention" else "block to compare with all of the other model's")
         if name == "reconstruct":
             sub.add_argument("--teacher", type=Path, help="model.pt of a pre-trained MAE: shows x̂ and hybrid targets")
-            sub.add_argument("--norm-pix", action=engine.argparse.BooleanOptionalAction, default=True,
+            sub.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, default=True,
                              help="whether a checkpoint of MAE's, which doesn't say, was trained on normalised targets")
         else:
-            sub.add_argument("--heads", type=engine.number(int), help="attention heads, where neither a checkpoint nor its width tells")
+            sub.add_argument("--heads", type=cli.number(int), help="attention heads, where neither a checkpoint nor its width tells")
         if name in ("reconstruct", "attention"):
-            sub.add_argument("--rows", type=engine.number(int), default=8, help="images to draw")
+            sub.add_argument("--rows", type=cli.number(int), default=8, help="images to draw")
     return parser.parse_args()
 
 

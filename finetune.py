@@ -30,6 +30,7 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import cli
 import data
 import engine
 from deepmim import BadInput, Config, ViT
@@ -137,24 +138,24 @@ def resize_positions(positions, side):
 
 def parse_options():
     """The command line as a namespace; raises BadInput where options exclude one another."""
-    parser = engine.Parser(__doc__.split("\n")[0])
+    parser = cli.Parser(__doc__.split("\n")[0])
     group = parser.add_argument_group("start")
     start = group.add_mutually_exclusive_group(required=True)
     start.add_argument("--init", help="checkpoint whose encoder to start from: our model.pt, MAE's or a timm ViT's")
     start.add_argument("--scratch", action="store_true", help="start from random weights, of the preset's sizes")
     mode = parser.add_argument_group("what to train (all of it when not given)").add_mutually_exclusive_group()
-    mode.add_argument("--trainable-blocks", type=engine.number(int, zero=True), metavar="K",
+    mode.add_argument("--trainable-blocks", type=cli.number(int, zero=True), metavar="K",
                       help="train the last K blocks and the head only")
-    mode.add_argument("--reinit-blocks", type=engine.number(int, zero=True), metavar="K",
+    mode.add_argument("--reinit-blocks", type=cli.number(int, zero=True), metavar="K",
                       help="start the last K blocks from random weights, and train everything")
     mode.add_argument("--linear-probe", action="store_true", help="train a linear classifier on the frozen encoder")
     mode.add_argument("--knn", action="store_true", help="train nothing: nearest neighbours among the training images")
     mode.add_argument("--eval", action="store_true", help="train nothing: measure the fine-tuned model.pt of --init")
     group = parser.add_argument_group("model (what isn't given is the checkpoint's, or with --scratch the preset's)")
     for name in MODEL_OPTIONS:
-        group.add_argument("--" + name.replace("_", "-"), type=engine.number(int), help=engine.MODEL_HELP[name])
+        group.add_argument("--" + name.replace("_", "-"), type=cli.number(int), help=cli.MODEL_HELP[name])
     group.add_argument("--pool", choices=("mean", "cls"), default="mean", help="classify the mean patch token, or the class token")
-    engine.add_common_options(parser)
+    cli.add_common_options(parser)
     add_recipe_options(parser)
     presets = PRESETS
     if "--linear-probe" in sys.argv:  # which has a recipe of its own
@@ -171,20 +172,20 @@ def parse_options():
 
 def add_recipe_options(parser):
     """The options of the classification recipe, and of the nearest neighbours."""
-    share = engine.number(float, zero=True, below=1)
+    share = cli.number(float, zero=True, below=1)
     group = parser.add_argument_group("recipe")
-    group.add_argument("--layer-decay", type=engine.number(float), default=0.75, help="share of the learning rate that each layer passes on to the one below")
+    group.add_argument("--layer-decay", type=cli.number(float), default=0.75, help="share of the learning rate that each layer passes on to the one below")
     group.add_argument("--drop-path", type=share, default=0.0, help="stochastic depth of the last block; less below")
     group.add_argument("--smoothing", type=share, default=0.1, help="label smoothing")
-    group.add_argument("--mixup", type=engine.number(float, zero=True), default=0.0, help="MixUp's alpha; 0 is none")
-    group.add_argument("--cutmix", type=engine.number(float, zero=True), default=0.0, help="CutMix's alpha; 0 is none; with both, each batch gets one of them")
-    group.add_argument("--randaugment", type=engine.number(int, zero=True, below=31), default=0, help="RandAugment's magnitude, to 30; 0 is none")
+    group.add_argument("--mixup", type=cli.number(float, zero=True), default=0.0, help="MixUp's alpha; 0 is none")
+    group.add_argument("--cutmix", type=cli.number(float, zero=True), default=0.0, help="CutMix's alpha; 0 is none; with both, each batch gets one of them")
+    group.add_argument("--randaugment", type=cli.number(int, zero=True, below=31), default=0, help="RandAugment's magnitude, to 30; 0 is none")
     group.add_argument("--erasing", type=share, default=0.0, help="probability of random erasing")
-    group.add_argument("--clip-grad", type=engine.number(float), help="largest norm of the gradient; unlimited when not given")
+    group.add_argument("--clip-grad", type=cli.number(float), help="largest norm of the gradient; unlimited when not given")
     group.add_argument("--hold-out", type=share, default=0.0, help="measure on this share of the training images, not on the test images")
     group = parser.add_argument_group("nearest neighbours")
-    group.add_argument("--knn-k", type=engine.number(int), default=20, help="neighbours that vote")
-    group.add_argument("--temperature", type=engine.number(float), default=0.07, help="a vote weighs exp(cosine similarity / this)")
+    group.add_argument("--knn-k", type=cli.number(int), default=20, help="neighbours that vote")
+    group.add_argument("--temperature", type=cli.number(float), default=0.07, help="a vote weighs exp(cosine similarity / this)")
 
 
 def mode_name(options):
@@ -208,15 +209,15 @@ def sizes(options):
     """
     given = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     if options.scratch:
-        values = {**engine.MODELS[SIZES[options.preset]], **given}
-        return engine.checked(lambda: Config(**values, taps=(values["depth"],))), None
+        values = {**cli.MODELS[SIZES[options.preset]], **given}
+        return cli.checked(lambda: Config(**values, taps=(values["depth"],))), None
     config, state = engine.load_encoder(options.init, options.heads)
     for name, value in given.items():
         if name != "image_size" and value != getattr(config, name):
             raise BadInput(f"--{name.replace('_', '-')}: {options.init} has {getattr(config, name)}, not {value}; "
                            "leave the option out, or use another checkpoint")
     image_size = given.get("image_size", config.image_size)
-    return engine.checked(lambda: dataclasses.replace(config, image_size=image_size)), state
+    return cli.checked(lambda: dataclasses.replace(config, image_size=image_size)), state
 
 
 def initialize(model, config, state, options, machine):

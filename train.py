@@ -17,15 +17,16 @@ import time
 import torch
 from tqdm import tqdm
 
+import cli
 import data
 import engine
 from deepmim import BadInput, Config, DeepMIM, check_teacher, paint
 
 PRESETS = {
-    "shapes": dict(engine.MODELS["nano"], data="shapes", epochs=4, batch_size=64, lr=2e-3),
-    "cifar10-nano": dict(engine.MODELS["nano"], data="cifar10", epochs=15, batch_size=64, lr=1e-3),
-    "cifar10": dict(engine.MODELS["tiny"], data="cifar10", epochs=400, batch_size=1024, lr=2e-3),
-    "imagenet": dict(engine.MODELS["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4, warmup_epochs=40),
+    "shapes": dict(cli.MODELS["nano"], data="shapes", epochs=4, batch_size=64, lr=2e-3),
+    "cifar10-nano": dict(cli.MODELS["nano"], data="cifar10", epochs=15, batch_size=64, lr=1e-3),
+    "cifar10": dict(cli.MODELS["tiny"], data="cifar10", epochs=400, batch_size=1024, lr=2e-3),
+    "imagenet": dict(cli.MODELS["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4, warmup_epochs=40),
 }
 CHECK_EVERY = 10  # steps between looks at the losses: each look makes a GPU wait
 PICTURES = 8      # rows of reconstruction.png
@@ -33,13 +34,13 @@ PICTURES = 8      # rows of reconstruction.png
 
 def parse_options():
     """The command line as a namespace, with model options that fit --method."""
-    parser = engine.Parser(__doc__.split("\n")[0])
+    parser = cli.Parser(__doc__.split("\n")[0])
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=("deepmim", "mae"), default="deepmim", help="mae is one tap, the last block")
     group.add_argument("--teacher", help="model.pt of a pre-trained MAE, ours or the reference's, for hybrid targets")
     group.add_argument("--init", help="checkpoint whose encoder to start from: our model.pt, MAE's or a timm ViT's")
-    engine.add_model_options(parser)
-    engine.add_common_options(parser)
+    cli.add_model_options(parser)
+    cli.add_common_options(parser)
     options = parser.parse(PRESETS, "shapes")
     if options.method == "mae":
         if options.teacher:
@@ -132,7 +133,7 @@ def draw_reconstructions(model, held_out, config, path, machine, record):
 def main():
     """Read the options, set everything up, train, and write what was learnt after every epoch."""
     options = parse_options()
-    config = engine.config_from(options)
+    config = cli.config_from(options)
     machine = engine.start(options)
     model = DeepMIM(config)
     teacher = load_teacher(options, config, machine.device)  # after the model, which starts the same without one

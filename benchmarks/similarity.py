@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402  these lie one folder up
-import engine  # noqa: E402
+import cli  # noqa: E402  these lie one folder up
+import data  # noqa: E402
 from analyze import block_cka, block_features  # noqa: E402
 from deepmim import Config, ViT  # noqa: E402
 
@@ -36,7 +36,7 @@ BATCH = 250
 def encoder(seed):
     """An encoder of the preset's sizes, with random weights."""
     torch.manual_seed(seed)
-    return ViT(Config(**engine.MODELS["nano"])).requires_grad_(False).eval()
+    return ViT(Config(**cli.MODELS["nano"])).requires_grad_(False).eval()
 
 
 def ways(first, second, images):

@@ -98,6 +98,36 @@ def test_an_images_augmentation_does_not_depend_on_its_batch():
     assert torch.equal(plain, data.normalize(images.images))
 
 
+def test_further_augmentation_is_drawn_group_by_group_and_repeats():
+    """A transform that adds one random number to all that it is given shows what shared a draw."""
+    images = torch.zeros(40, 3, 6, 6, dtype=torch.uint8)
+    def lighter(group):
+        return group + torch.randint(1, 250, (), dtype=torch.uint8)
+    augmented = data.InMemory(images, torch.arange(40), None, 6, "cpu", lighter)
+    order = torch.randperm(40)
+    before = torch.get_rng_state()
+    first, _ = next(augmented.batches([order], seed=(0, 5)))
+    assert torch.equal(before, torch.get_rng_state())
+    added = data.to_pixels(first)[:, 0, 0, 0].view(-1, data.GROUP)
+    assert (added == added[:, :1]).all() and len(added[:, 0].unique()) == 5
+    assert torch.equal(first, next(augmented.batches([order], seed=(0, 5)))[0])
+    assert not torch.equal(first, next(augmented.batches([order], seed=(0, 6)))[0])
+    assert torch.equal(next(augmented.batches([order]))[0], data.normalize(images))  # not where nothing is random
+
+
+def test_larger_images_are_augmented_one_by_one(tmp_path):
+    for i in range(12):
+        save(tmp_path / f"{i}.png", size=(100, 90))
+    def lighter(image):
+        return v2.functional.adjust_brightness(image, 1 + torch.rand(()).item() / 2)
+    train, held_out = data.load(str(tmp_path), 80, crop_scale=(0.5, 0.6), augment=lighter)
+    first, _ = next(train.batches([torch.arange(11)], seed=(0, 0)))
+    assert len(first[:, 0, 0, 0].unique()) > 8
+    assert torch.equal(first, next(train.batches([torch.arange(11)], seed=(0, 0)))[0])
+    assert len(next(held_out.batches([torch.arange(1)]))[0].unique()) <= 3  # one grey, three channels
+    assert train.augment.transforms[0].scale == (0.5, 0.6)
+
+
 def test_normalize_is_imagenets_and_to_pixels_its_inverse():
     images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
     expected = v2.functional.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -124,6 +154,19 @@ def test_a_folder_without_classes_holds_out_one_in_twenty(tmp_path):
     assert (len(train), len(held_out)) == (38, 2) and train.classes is None
     values = train.images[:, 0, 0, 0].tolist() + held_out.images[:, 0, 0, 0].tolist()
     assert sorted(values) == list(range(40))
+
+
+def test_hold_out_takes_training_images_in_place_of_the_test_images(labelled):
+    for name in ("cat", "dog"):
+        for path in (labelled / "test" / name).iterdir():
+            path.write_bytes(b"not read")
+    train, held_out = data.load(str(labelled), 32, hold_out=0.3)
+    values = train.images[:, 0, 0, 0].tolist(), held_out.images[:, 0, 0, 0].tolist()
+    assert sorted(values[0] + values[1]) == [0, 1, 2, 3, 4, 100, 101, 102, 103, 104] and len(values[1]) == 3
+    assert train.labels.tolist() == [value // 100 for value in values[0]]
+    fewer, same = data.load(str(labelled), 32, hold_out=0.3, limit=4)
+    assert len(fewer) == 4 and set(fewer.images[:, 0, 0, 0].tolist()) < set(values[0])
+    assert torch.equal(same.images, held_out.images)
 
 
 def test_limit_keeps_the_same_images_and_all_held_out(labelled):

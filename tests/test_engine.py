@@ -9,6 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+import cli
 import engine
 from deepmim import BadInput, Config, DeepMIM
 
@@ -211,9 +212,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 
 def parse(monkeypatch, *arguments):
-    parser = engine.Parser("A test.")
-    engine.add_model_options(parser)
-    engine.add_common_options(parser)
+    parser = cli.Parser("A test.")
+    cli.add_model_options(parser)
+    cli.add_common_options(parser)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     return parser.parse({"small": {"dim": 16, "heads": 2, "epochs": 3}}, "small")
 
@@ -221,7 +222,7 @@ def parse(monkeypatch, *arguments):
 def test_options_go_over_presets_over_defaults(monkeypatch):
     options = parse(monkeypatch, "--heads", "4", "--taps", "3,12", "--alphas", "1/4", "--no-norm-pix")
     assert (options.dim, options.heads, options.epochs, options.depth) == (16, 4, 3, 12)
-    config = engine.config_from(options)
+    config = cli.config_from(options)
     assert config.taps == (3, 12) and config.alphas == (0.25,) and config.norm_pix is False
 
 
@@ -230,8 +231,8 @@ def test_options_go_over_presets_over_defaults(monkeypatch):
     ({"lr": 1e-3}, ["--blr=8e-3"], 2e-3), ({"blr": 1e-4}, [], 1e-4 / 4), ({"blr": 1e-4}, ["--lr", "2"], 2.0),
 ])
 def test_a_given_rate_goes_over_the_presets(monkeypatch, preset, arguments, expected):
-    parser = engine.Parser("A test.")
-    engine.add_common_options(parser)
+    parser = cli.Parser("A test.")
+    cli.add_common_options(parser)
     monkeypatch.setattr(sys, "argv", ["train.py", "--batch-size", "64", *arguments])
     assert engine.peak_rate(parser.parse({"small": preset}, "small")) == pytest.approx(expected)
 
@@ -245,7 +246,7 @@ def test_a_given_rate_goes_over_the_presets(monkeypatch, preset, arguments, expe
 ])
 def test_bad_options_are_named(monkeypatch, arguments, words):
     with pytest.raises(BadInput, match=words):
-        engine.config_from(parse(monkeypatch, *arguments))
+        cli.config_from(parse(monkeypatch, *arguments))
 
 
 # ------------------------------------------------------------------------------------ precision

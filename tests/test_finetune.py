@@ -1,6 +1,7 @@
 """finetune.py: the classifier, what is frozen, the rates, and the script from the command line."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def test_eval_gives_the_result_whatever_the_batch(call, pretrained, tmp_path, mo
 
 def torchrun(*arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "finetune.py", *map(str, arguments)]
-    done = subprocess.run(command, cwd=HERE, env={**engine.os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,11 +1,13 @@
 """train.py from the command line: what it writes, resuming, processes, bad input."""
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +186,7 @@ def test_no_resume_leaves_nothing_of_the_run_before(call, folder, tmp_path, monk
 
 def test_a_run_goes_on_where_a_scaler_is_needed(call, folder, tmp_path):
     """As from an A100, which computes in bfloat16, to a T4, which needs float16 and a scaler for it."""
-    options = engine.argparse.Namespace(out=tmp_path, resume=True)
+    options = Namespace(out=tmp_path, resume=True)
     machine = engine.Machine(torch.device("cpu"), 0, 1, torch.float32)
     model = DeepMIM(Config(8, 2, 3, 16, 1, 2, 8, 1, 2, (1,)))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -207,7 +209,7 @@ config = Config(8, 2, 3, 16, 3, 2, 8, 1, 2, (1, 2, 3))
 model = DeepMIM(config)
 before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 images = data.InMemory(*data.make_shapes(16, 0, side=8), None, 8, machine.device)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)  # a step is the gradient
+optimizer = torch.optim.SGD([{"params": [p for p in model.parameters() if p.requires_grad], "rate_scale": 1.0}])  # a step is the gradient
 losses, _ = train.train_epoch(engine.distribute(model, machine), None, images, optimizer, torch.amp.GradScaler("cpu", enabled=False),
                               options, config, machine, 0)
 if machine.speaks:
@@ -243,7 +245,7 @@ def test_processes_and_parts_have_the_loss_and_gradients_of_one(tmp_path, proces
 
 def torchrun(*arguments, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=HERE, env={**engine.os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+    done = subprocess.run(command, cwd=HERE, env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
