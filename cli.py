@@ -91,6 +91,7 @@ def add_common_options(parser):
     group = parser.add_argument_group("data and training")
     group.add_argument("--data", default="shapes", help="shapes, cifar10, or a directory")
     group.add_argument("--limit", type=number(int), help="use this many training images")
+    group.add_argument("--skip-damaged", action="store_true", help="look at every file first, and leave out those that can't be decoded")
     group.add_argument("--epochs", type=number(int), default=10, help="passes over the training images")
     group.add_argument("--batch-size", type=number(int), default=64, help="images per step, over all processes")
     rate = group.add_mutually_exclusive_group()

@@ -161,6 +161,23 @@ class Files(Dataset):
         return v2.functional.pil_to_tensor(image), self.labels[index]
 
 
+class Readable(Dataset):
+    """For each image file, whether it can be decoded."""
+
+    def __init__(self, paths, channels):
+        self.paths, self.channels = paths, channels
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            read_image(self.paths[index], self.channels)
+            return True
+        except BadInput:
+            return False
+
+
 class Streamed:
     """Image files, decoded by `workers` processes as they are needed."""
 
@@ -205,7 +222,7 @@ def read_image(path, channels):
             image = Image.open(path)
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadInput(f"{path}: not an image that can be read ({error}); repair or remove it") from None
+        raise BadInput(f"{path}: not an image that can be read ({error}); repair or remove it, or use --skip-damaged") from None
     if image.mode.startswith("I"):  # Pillow's own conversion cuts 16-bit values off at 255
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if "transparency" in image.info:
@@ -224,13 +241,14 @@ class Data(NamedTuple):
 
 
 def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, progress=True, hold_out=0.0,
-         crop_scale=PRETRAINING_CROP, augment=None):
+         crop_scale=PRETRAINING_CROP, augment=None, skip_damaged=False):
     """The Data called name: "shapes", "cifar10", or a directory.
 
     limit keeps that many training images. With hold_out above 0, this share of the training images is
     kept back, and takes the place of the held-out ones: for choosing a recipe without looking at the
     test set. Both are the same images in every run. augment is a further transform of torchvision's for
-    the training images. Raises BadInput.
+    the training images. A directory's files that can't be decoded are left out with skip_damaged, after
+    a look at every file, and otherwise refused when their turn comes. Raises BadInput.
     """
     if channels not in (1, 3):
         raise BadInput(f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
@@ -239,6 +257,8 @@ def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, prog
         train, held_out = make_shapes_data() if name == "shapes" else cifar10()
     else:
         train, held_out = folder(Path(name))
+        if skip_damaged:
+            train, held_out = (undamaged(part, channels, workers, progress) for part in (train, held_out))
     keep, back = divided(len(train[0]), limit, hold_out)
     parts = [(train, keep, augment), (train, back, None) if hold_out else (held_out, torch.arange(len(held_out[0])), None)]
     if not decoded:
@@ -261,6 +281,25 @@ def divided(n, limit, hold_out):
             raise BadInput(f"--limit: {limit} must be from 1 to the number of training images, {len(keep)}")
         keep = keep[torch.randperm(len(keep), generator=randomness("limit"))[:limit].sort().values]
     return keep, order[:back].sort().values
+
+
+def undamaged(part, channels, workers, progress):
+    """part, (paths, labels, classes), without the files that can't be decoded, which are named and counted."""
+    paths, labels, classes = part
+    loader = DataLoader(Readable(paths, channels), batch_size=64, num_workers=workers, generator=torch.Generator())
+    bar = tqdm(total=len(paths), desc="looking for damage", unit="img", leave=False, disable=None if progress else True)
+    good = []
+    for batch in loader:
+        good += batch.tolist()
+        bar.update(len(batch))
+    bar.close()
+    damaged = [path for path, fine in zip(paths, good) if not fine]
+    if damaged and progress:
+        print(f"--skip-damaged: left out {len(damaged)} of {len(paths)} files: {', '.join(damaged[:5])}"
+              + (", …" if len(damaged) > 5 else ""), flush=True)
+    if len(damaged) == len(paths):
+        raise BadInput(f"--data: none of {len(paths)} files can be decoded, {paths[0]} for one")
+    return [path for path, fine in zip(paths, good) if fine], [label for label, fine in zip(labels, good) if fine], classes
 
 
 def from_files(part, ids, image_size, channels, device, workers, progress, crop_scale, augment):

@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
+import zipfile
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deepmim import BadInput, Config
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks; nothing then keeps two processes out of one directory
+    fcntl = None
+
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of a back end that needs no screen
 
@@ -29,8 +36,9 @@ import matplotlib.pyplot as plt  # noqa: E402  after the choice of a back end th
 
 
 def run(main):
-    """Call main; end the process as a user expects: one line and status 2, 1 or 130, or a quiet 0."""
+    """Call main; end the process as a user expects: one line and status 2, 1, 130 or 143, or a quiet 0."""
     speaks = os.environ.get("RANK", "0") == "0"
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
         status, message = 0, None
@@ -40,14 +48,24 @@ def run(main):
         status, message = 1, str(error)
     except torch.OutOfMemoryError:
         status, message = 1, "the GPU's memory is too small; --accumulate 2, 4, … computes the same batch in parts"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command goes on after the last finished epoch"
+    except KeyboardInterrupt as interrupt:
+        status = 143 if isinstance(interrupt, Terminated) else 130
+        message = "stopped; every finished epoch is saved, and the same command goes on from there"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if message and speaks:
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a cluster sends it before it takes a machine away."""
+
+
+def terminate(number, frame):
+    """A signal handler: stop as Ctrl-C does."""
+    raise Terminated
 
 
 class RunFailed(RuntimeError):
@@ -232,13 +250,18 @@ def check_finite(losses, epoch, names):
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-def write(path, save):
-    """Call save(temporary path), then move the result to path in one step: a reader finds the old file or the new."""
+def write(path, save, previous=None):
+    """Call save(temporary path), then move the result to path in one step: a reader finds the old file or the new.
+
+    The old one is kept under the path `previous`, if one is given. Raises RunFailed, with what was there intact.
+    """
     temporary = path.with_name(path.name + ".part")
     try:
         save(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
@@ -255,6 +278,11 @@ def load(path):
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file; a checkpoint such as runs/shapes-deepmim/model.pt is needed")
     try:
+        if zipfile.is_zipfile(path):  # torch.load doesn't look at the checksums that torch.save wrote
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"its part {damaged} is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain values too: MAE's code saves its options so
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in torch.load, and always means the same
@@ -361,6 +389,8 @@ def load_weights(module, state, path):
             raise BadInput(f"{path}: {name} is missing")
         if state[name].shape != value.shape:
             raise BadInput(f"{path}: {name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}")
+        if not state[name].isfinite().all():
+            raise BadInput(f"{path}: {name} holds NaN or infinity; a checkpoint from before that is needed")
     module.load_state_dict({name: state[name] for name in own})
 
 
@@ -412,20 +442,37 @@ class Run:
 
     last.pt is written last in an epoch and holds everything that the next one needs, the log's lines
     included; all other files follow from it. So a run that was killed loses at most the epoch in
-    progress, and repeats it to the same weights.
+    progress, and repeats it to the same weights. previous.pt is the last.pt of the epoch before, for
+    when a disk damages last.pt. A lock keeps a second process out while the first lives.
     """
 
     def __init__(self, options, machine):
         self.path, self.speaks, self.resumes = Path(options.out), machine.speaks, options.resume
         self.options = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
-        self.history, self.state = [], None
-        last = self.path / "last.pt"
-        if options.resume and last.exists():
-            self.state = load(last)
-            if not isinstance(self.state, dict) or not {"options", "history", "model", "optimizer", "scaler"} <= self.state.keys():
-                raise BadInput(f"{last}: not a checkpoint of this script; use another --out, or --no-resume to overwrite it")
+        self.history, self.state, self.lock = [], None, None
+        if options.resume:
+            self.state = self._last_good_state(machine)
+        if self.state:
             self._refuse_other_options(self.state["options"])
             self.history = self.state["history"]
+
+    def _last_good_state(self, machine):
+        """What last.pt holds or, where it is damaged or was being replaced, previous.pt; None where there is neither."""
+        last, previous = self.path / "last.pt", self.path / "previous.pt"
+        if last.exists():
+            try:
+                return self._read(last)
+            except BadInput as error:
+                if not previous.exists():
+                    raise
+                machine.say(f"warning: {error}; going on from {previous}, one epoch earlier")
+        return self._read(previous) if previous.exists() else None
+
+    def _read(self, path):
+        state = load(path)
+        if not isinstance(state, dict) or not {"options", "history", "model", "optimizer", "scaler"} <= state.keys():
+            raise BadInput(f"{path}: not a checkpoint of this script; use another --out, or --no-resume to overwrite it")
+        return state
 
     def _refuse_other_options(self, before):
         names = sorted(set(before) | set(self.options))
@@ -455,16 +502,26 @@ class Run:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / "lock", "w")
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
             if not self.resumes:
-                for name in ("last.pt", "result.json", "log.jsonl"):
+                for name in ("last.pt", "previous.pt", "result.json", "log.jsonl"):
                     (self.path / name).unlink(missing_ok=True)
-            (self.path / "last.pt.part").touch()
-            (self.path / "last.pt.part").unlink()
+        except BlockingIOError:
+            raise BadInput(f"--out: another process is at work in {self.path}; wait for it, or use another --out") from None
         except OSError as error:
             raise BadInput(f"--out: {self.path} can't be written to as a directory ({error.strerror})") from None
 
     def finish_epoch(self, record, model, optimizer, scaler, content, result=False):
-        """Write an epoch's files: model.pt with `content`, log.jsonl, result.json after the last one, and last.pt."""
+        """Write an epoch's files: model.pt with `content`, log.jsonl, result.json after the last one, and last.pt.
+
+        Raises RunFailed, with the files of the epoch before intact, where a weight is no number or a file can't be written.
+        """
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise RunFailed(f"epoch {self.epoch + 1}: {name} has become NaN or infinite; what was saved before is intact; "
+                                "try a lower --lr, a longer --warmup-epochs or --no-amp, with another --out")
         self.history.append(record)
         if not self.speaks:
             return
@@ -476,4 +533,4 @@ class Run:
             write_json(self.path / "result.json", {**record, "seconds": total, "options": self.options})
         state = {"options": self.options, "history": self.history, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        write(self.path / "last.pt", lambda temporary: torch.save(state, temporary))
+        write(self.path / "last.pt", lambda temporary: torch.save(state, temporary), self.path / "previous.pt")

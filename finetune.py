@@ -419,9 +419,11 @@ def load_images(options, config, machine):
         machine.first_alone(data.cifar10)
     augment = v2.RandAugment(magnitude=options.randaugment) if options.randaugment else None
     images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers, options.limit,
-                       machine.speaks, options.hold_out, CROP_SCALE, augment)
+                       machine.speaks, options.hold_out, CROP_SCALE, augment, options.skip_damaged)
     if images.train.classes is None:
         raise BadInput(f"--data: {options.data} has no classes; train/<class>/* is needed, and val/ or test/ beside train/")
+    if len(images.train.classes) < 2:
+        raise BadInput(f"--data: {options.data} has one class, {images.train.classes[0]}; there is nothing to tell apart")
     for name, used in (("batch_size", not options.eval and not options.knn), ("knn_k", options.knn)):
         if used and getattr(options, name) > len(images.train):
             raise BadInput(f"--{name.replace('_', '-')}: {getattr(options, name)} is more than the {len(images.train)} training images")

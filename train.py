@@ -140,7 +140,7 @@ def main():
     if options.data == "cifar10":
         machine.first_alone(data.cifar10)
     images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers,
-                       options.limit, machine.speaks)
+                       options.limit, machine.speaks, skip_damaged=options.skip_damaged)
     if options.batch_size > len(images.train):
         raise BadInput(f"--batch-size: {options.batch_size} is more than the {len(images.train)} training images")
 

@@ -172,6 +172,96 @@ def test_a_crash_between_any_two_writes_loses_an_epoch_at_most(call, folder, tmp
         assert (tmp_path / str(last) / "result.json").exists()
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: b"", lambda content: b"no checkpoint",
+                                    lambda content: content[:50_000] + b"?" * 500 + content[50_500:]],
+                         ids=["cut short", "empty", "text", "overwritten"])
+def test_a_damaged_checkpoint_costs_one_epoch(call, folder, tmp_path, monkeypatch, damage):
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 3]
+    call(*arguments, "--out", tmp_path / "whole")
+    finish, done = engine.Run.finish_epoch, []
+
+    def stop_after_two(self, *given, **named):
+        finish(self, *given, **named)
+        done.append(1)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Run, "finish_epoch", stop_after_two)
+    assert call(*arguments, "--out", tmp_path / "cut")[0] == 130
+    last = tmp_path / "cut" / "last.pt"
+    last.write_bytes(damage(last.read_bytes()))
+    status, out, _ = call(*arguments, "--out", tmp_path / "cut")
+    assert status == 0 and "warning" in out and "going on from" in out and "after epoch 1" in out
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert [line["epoch"] for line in log(tmp_path / "cut")] == [1, 2, 3]
+
+
+HOLD = """
+import sys, time
+from argparse import Namespace
+import torch, engine
+run = engine.Run(Namespace(out=sys.argv[1], resume=True), engine.Machine(torch.device("cpu"), 0, 1, torch.float32))
+run.open()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_kept_out_while_the_first_lives(call, folder, tmp_path):
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 1, "--out", tmp_path]
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "locked\n"
+    for resume in ([], ["--no-resume"]):
+        status, _, err = call(*arguments, *resume)
+        assert status == 2 and "--out: another process is at work" in err and not (tmp_path / "model.pt").exists()
+    first.kill()
+    first.wait()
+    assert call(*arguments)[0] == 0
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_one_line_and_what_is_saved(folder, tmp_path, number, status):
+    process = subprocess.Popen([sys.executable, "train.py", *TINY, *TAPS, "--data", str(folder), "--epochs", "1000", "--out", str(tmp_path)],
+                               cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "log.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status and err.splitlines()[-1] == (
+        "train.py: stopped; every finished epoch is saved, and the same command goes on from there")
+    assert "Traceback" not in err and 1 <= len(log(tmp_path)) < 1000
+
+
+def test_weights_that_are_no_number_are_never_saved(call, folder, tmp_path, monkeypatch):
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 2, "--out", tmp_path]
+    train_epoch, calls = train.train_epoch, []
+
+    def breaks_the_second_time(model, *given):
+        outcome = train_epoch(model, *given)
+        calls.append(1)
+        if len(calls) == 2:
+            model.decoders[0].pred.bias.data[0] = float("inf")
+        return outcome
+
+    monkeypatch.setattr(train, "train_epoch", breaks_the_second_time)
+    status, _, err = call(*arguments)
+    assert status == 1 and "epoch 2: decoders.0.pred.bias has become NaN or infinite" in err
+    assert len(log(tmp_path)) == 1 and all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def test_damaged_images_are_skipped_if_asked(call, folder, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in folder.iterdir():
+        (images / path.name).write_bytes(path.read_bytes()[: 50 if path.name in ("3.png", "7.png") else None])
+    arguments = [*TINY, *TAPS, "--data", images, "--epochs", 1, "--out", tmp_path / "out"]
+    status, _, err = call(*arguments)
+    assert status == 2 and "--skip-damaged" in err and not (tmp_path / "out").exists()
+    status, out, _ = call(*arguments, "--skip-damaged")
+    assert status == 0 and "3.png" in out and "7.png" in out
+
+
 def test_no_resume_leaves_nothing_of_the_run_before(call, folder, tmp_path, monkeypatch):
     arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 1, "--out", tmp_path]
     call(*arguments)
