@@ -1,6 +1,7 @@
 """The method against closed forms, direct definitions and torchvision's ViT."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -354,6 +355,28 @@ def test_gradient_equals_finite_differences(images, noise):
                 parameter.add_(direction, alpha=-sign * 1e-6)
         slope = (values[0] - values[1]) / 2e-6
         assert slope == pytest.approx((parameter.grad * direction).sum().item(), rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_sizes_that_fit_work(seed):
+    """Random sizes: patches come back, masks have their count, losses are finite, and gradients reach what they should."""
+    draw = random.Random(seed)
+    patch, side, heads, decoder_heads = draw.randint(1, 4), draw.randint(2, 5), draw.randint(1, 4), draw.randint(1, 3)
+    depth, channels = draw.randint(1, 4), draw.choice([1, 3, 4])
+    taps = sorted({*draw.sample(range(1, depth + 1), draw.randint(1, depth)), depth})
+    config = Config(side * patch, patch, channels, 4 * heads * draw.randint(1, 3), depth, heads, 4 * decoder_heads, draw.randint(1, 2),
+                    decoder_heads, tuple(taps), mask_ratio=draw.uniform(0.1, 0.75), norm_pix=patch * channels > 1 and draw.random() < 0.5)
+    torch.manual_seed(seed)
+    model, batch = DeepMIM(config), draw.randint(1, 5)
+    images, noise = torch.randn(batch, channels, side * patch, side * patch), torch.rand(batch, side**2)
+    assert torch.equal(deepmim.unpatchify(deepmim.patchify(images, patch), patch), images)
+    output = model(images, noise)
+    assert output.mask.sum(dim=1).tolist() == [side**2 - int(side**2 * (1 - config.mask_ratio))] * batch
+    assert output.losses.shape == (len(taps),) and output.losses.isfinite().all()
+    assert [p.shape for p in output.predictions] == [(batch, side**2, patch**2 * channels)] * len(taps)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.isfinite().all()) != name.endswith("pos_embed"), name
 
 
 @pytest.mark.parametrize("changes, words", [
