@@ -268,6 +268,26 @@ def test_built_in_images_are_resized_to_the_model(side):
     assert (plain.mean((2, 3)) - (images.images / 255).mean((2, 3))).abs().max() < 0.02
 
 
+def test_odd_names_sizes_and_links_are_read(labelled):
+    """A class name with a space, Unicode and a newline; an image of one pixel; links that lead in circles."""
+    name = "kätzchen und\nhund"
+    for part in ("train", "test"):
+        (labelled / part / "dog").rename(labelled / part / name)
+    save(labelled / "train" / "cat" / "dot.png", (7, 7, 7), size=(1, 1))
+    (labelled / "train" / "circle").symlink_to(labelled / "train" / "circle")
+    (labelled / "train" / "cat" / "up").symlink_to(labelled)
+    train, _ = data.load(str(labelled), 32)
+    assert train.classes == ["cat", name] and len(train) == 11
+    assert (train.images[train.labels == 0] == 7).flatten(1).all(dim=1).sum() == 1
+
+
+def test_a_decompression_bomb_is_refused(labelled, monkeypatch):
+    """A picture far larger than any photograph is refused before it is decoded."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # so that a small one is a bomb
+    with pytest.raises(BadInput, match="0.png: not an image"):
+        data.load(str(labelled), 32)
+
+
 def test_a_cut_jpeg_is_refused(labelled):
     path = labelled / "train" / "cat" / "cut.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)

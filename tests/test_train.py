@@ -350,6 +350,31 @@ def test_torchrun_trains_as_one_process_does(call, folder, tmp_path):
         assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
 
 
+def test_one_of_two_processes_killed_stops_the_other_and_one_alone_goes_on(call, folder, tmp_path):
+    """Each process kills itself if it is the second and has done an epoch; the batch stays the same with one process."""
+    (tmp_path / "dies.py").write_text("""
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+import engine, train
+train_epoch = train.train_epoch
+def dies(*given):
+    if os.environ["RANK"] == "1" and given[-1] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_epoch(*given)
+train.train_epoch = dies
+engine.run(train.main)
+""")
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 3, "--no-amp", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "dies.py", *arguments]
+    done = subprocess.run([*map(str, command), "--out", tmp_path / "two"], cwd=HERE, timeout=60, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and len(log(tmp_path / "two")) == 1
+    assert call(*arguments, "--out", tmp_path / "two")[0] == 0
+    call(*arguments, "--out", tmp_path / "one")
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------- bad input
 
 
@@ -372,13 +397,27 @@ def test_torchrun_trains_as_one_process_does(call, folder, tmp_path):
     (["--device", "cuda"], "no cuda device"),
     (["--nonsense"], "--nonsense"),
     (["--epochs", "3", "--warmup-epochs", "3"], "--warmup-epochs: 3 must be below --epochs"),
+    (["--epochs", "0"], "--epochs"), (["--epochs", "-1"], "--epochs"), (["--epochs", "1.5"], "--epochs"),
+    (["--lr", "0"], "--lr"), (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
+    (["--lr", "1", "--blr", "1"], "not allowed with"), (["--workers", "-1"], "--workers"), (["--batch-size", "0"], "--batch-size"),
+    (["--seed", "-1"], "--seed"), (["--limit", "0"], "--limit"), (["--preset", "cifar11"], "--preset"),
+    (["--dim", "18"], "--dim: 18 must be divisible by 4"), (["--heads", "3"], "--dim: 16 must be divisible by heads, 3"),
+    (["--decoder-heads", "3"], "--decoder-dim: 8 must be divisible"), (["--depth", "0"], "--depth"),
+    (["--taps", "0,3"], "--taps: (0, 3) must be blocks from 1 to 3"), (["--taps", "1,4"], "--taps"), (["--taps", "2,1,3"], "increase"),
+    (["--taps", "1,1,3"], "increase"), (["--taps", ""], "last block"), (["--taps", "one"], "--taps: 'one'"),
+    (["--alphas", "0,2"], "lie in 0 to 1"), (["--alphas", "0,nan"], "--alphas"), (["--alphas", "0,x"], "--alphas: '0,x'"),
+    (["--mask-ratio", "0"], "--mask-ratio"), (["--mask-ratio", "1"], "--mask-ratio"), (["--mask-ratio", "-0.5"], "--mask-ratio"),
+    (["--mask-ratio", "0.99"], "--mask-ratio: 0.99 must leave one of the 16 patches visible"), (["--out", "FILE"], "--out"),
+    (["--teacher", "FILE"], "not a checkpoint"), (["--teacher", "DIRECTORY"], "no such file"), (["--data", "FILE"], "--data"),
 ])
 def test_bad_input_is_one_line_and_status_2(call, folder, tmp_path, arguments, words):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a cuda device here")
-    status, _, err = call(*TINY, *TAPS, "--data", folder, "--out", tmp_path / "out", *arguments)
+    (tmp_path / "file").write_text("text")
+    places = {"FILE": tmp_path / "file", "DIRECTORY": tmp_path}
+    status, _, err = call(*TINY, *TAPS, "--data", folder, "--out", tmp_path / "out", *(places.get(a, a) for a in arguments))
     assert status == 2 and words in err and err.startswith("train.py: ") and err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "text"
 
 
 def test_a_teacher_in_another_space_is_refused(call, folder, tmp_path):
