@@ -169,14 +169,18 @@ def load_encoders(options, machine):
 
 
 def short_names(paths):
-    """The paths as one would call the models in a legend: the folder of a model.pt; in full where two would be the same."""
-    names = [path.parent.name if path.stem in ("model", "last") and path.parent.name else path.stem for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    """The paths as one would call them in a legend: of runs and their model.pt the folder's name; longer where two would be the same."""
+    names = [path.parent.name if path.name in ("model.pt", "last.pt") and path.parent.name
+             else path.stem if path.suffix in (".pt", ".pth") else path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]
 
 
 def held_out(options, config, machine):
     """(a function that gives batches of --images held-out images, the same at each call; how many they are)."""
-    images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers).held_out
+    images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers,
+                       limit=1).held_out  # none of the training images is needed
     count = min(options.images, len(images))
     if count < 4:
         raise BadInput(f"--images: {count} are too few; at least 4 are needed, and {len(images)} are there")
@@ -348,7 +352,7 @@ def glow(images, maps):
 
 def curves_command(options, machine):
     """Losses per decoder of pre-training runs, and losses and accuracy of fine-tuning runs, overlaid."""
-    histories = {name: read_log(path) for name, path in zip(short_run_names(options.models), options.models)}
+    histories = {name: read_log(path) for name, path in zip(short_names(options.models), options.models)}
     pretraining = {name: history for name, history in histories.items() if "losses" in history[0]}
     finetuning = {name: history for name, history in histories.items() if "val_loss" in history[0]}
     figure, axes = panels(bool(pretraining) + 2 * bool(finetuning), "training curves of " + ", ".join(map(str, options.models)))
@@ -384,12 +388,6 @@ def read_log(run):
     if not history or not {"losses", "val_loss"} & history[0].keys():
         raise BadInput(f"{run / 'log.jsonl'}: no epoch of train.py or finetune.py is in it")
     return history
-
-
-def short_run_names(paths):
-    """The names of runs' folders, or the whole paths where two names would be the same."""
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def one_model(options):

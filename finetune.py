@@ -418,7 +418,8 @@ def load_images(options, config, machine):
     if options.data == "cifar10":
         machine.first_alone(data.cifar10)
     augment = v2.RandAugment(magnitude=options.randaugment) if options.randaugment else None
-    images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers, options.limit,
+    limit = 1 if options.eval else options.limit  # to measure, none of the training images is needed
+    images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers, limit,
                        machine.speaks, options.hold_out, CROP_SCALE, augment, options.skip_damaged)
     if images.train.classes is None:
         raise BadInput(f"--data: {options.data} has no classes; train/<class>/* is needed, and val/ or test/ beside train/")

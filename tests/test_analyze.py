@@ -288,6 +288,14 @@ def test_probes_leave_the_model_as_it_was(place):
     assert all(p.grad is None for p in encoder.parameters())
 
 
+def test_names_in_legends():
+    def names(*paths):
+        return analyze.short_names([analyze.Path(path) for path in paths])
+    assert names("runs/a/model.pt", "runs/b/model.pt", "mae.pth", "runs/c") == ["a", "b", "mae", "c"]
+    assert names("x/a/model.pt", "y/a/model.pt") == ["x/a/model.pt", "y/a/model.pt"]
+    assert names("a/model.pt", "a/model.pt") == ["a/model.pt (1)", "a/model.pt (2)"]
+
+
 @pytest.mark.parametrize("command, arguments, words", [
     ("cka", ["nowhere.pt"], "nowhere.pt: no such file"),
     ("cka", ["DEEP", "--images", 3], "--images: 3 are too few"),
