@@ -1,33 +1,45 @@
-"""How fast a pre-training step is, and what share of it loading and augmentation take.
+"""How fast a pre-training step is, beside other packages' MAE, beside what the machine can do, and where its time goes.
 
-    python benchmarks/pretrain.py                  # preset cifar10-nano, batch 256, MAE and DeepMIM
-    python benchmarks/pretrain.py --rounds 20 --out results/speed
+    pip install -r benchmarks/requirements.txt     # for the peers; without them only ours is measured
+    python benchmarks/pretrain.py                  # preset cifar10-nano, batch 256
+    python benchmarks/pretrain.py --sizes nano tiny --precision float32 --rounds 5 --out results/speed
 
-A step is what train.py does: a batch cut and flipped, masks drawn, forward, backward, AdamW, in the
-precision that engine.py chooses (without a gradient scaler, at rate 0). Rounds of the two methods take turns, so that a machine that slows
-down slows down both. Prints a Markdown table; with --out it writes OUT/pretrain.json too.
+A step is forward, backward and AdamW; ours draws its masks from a seed in it, as train.py does. Rounds of all contestants
+take turns, so that a machine that slows down slows down all; a ratio is the median of those of each round.
+Prints Markdown tables; with --out it writes OUT/pretrain.json too.
 """
 
 import argparse
+import collections
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data  # noqa: E402  these three lie one folder up
+import cli  # noqa: E402  these lie one folder up
+import data  # noqa: E402
 import engine  # noqa: E402
+import peers  # noqa: E402  and this one here
 from deepmim import Config, DeepMIM  # noqa: E402
-from train import PRESETS  # noqa: E402
 
-METHODS = {"MAE, tap 12": (12,), "DeepMIM, taps 6, 8, 10, 12": (6, 8, 10, 12)}
+OURS = {"ours, MAE": (12,), "ours, DeepMIM": (6, 8, 10, 12)}
 STEPS = 3  # in a round
+KINDS = {  # of operations, by how their names begin
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm"), "attention kernel": ("_scaled_dot_product",),
+    "GELU": ("gelu",), "layer norm": ("native_layer_norm",), "softmax": ("_softmax",), "AdamW": ("_fused_adamw_",),
+    "copies": ("copy_", "cat", "clone"), "sums and products": ("add", "sum", "mul", "div")}
 
 
 def synchronize(device):
@@ -39,74 +51,206 @@ def synchronize(device):
 
 
 class Trainee:
-    """A model with its optimiser, and one training step of it."""
+    """A contestant with its optimiser, and one training step of it."""
 
-    def __init__(self, taps, machine):
-        sizes = {name: value for name, value in PRESETS["cifar10-nano"].items() if name in Config.__dataclass_fields__}
+    def __init__(self, name, size, machine, found):
         torch.manual_seed(0)
-        self.config, self.machine = Config(**sizes, taps=taps), machine
-        self.model = DeepMIM(self.config).to(machine.device)
-        self.optimizer = engine.make_optimizer(self.model, argparse.Namespace(weight_decay=0.05, beta2=0.95))
+        self.config, self.machine, self.ours = Config(**cli.MODELS[size], taps=OURS.get(name, (12,))), machine, name in OURS
+        self.model = (DeepMIM if self.ours else found[name])(self.config).to(machine.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
-    def step(self, images, key):
-        """One step on images (B, C, H, H) with the masks of `key`."""
-        noise = torch.rand(len(images), self.config.patches, generator=data.randomness("mask", key))
+    def step(self, images, key=0):
+        """One step on images (B, C, H, H), ours with the masks of `key`; returns the loss."""
         with self.machine.autocast():
-            loss = self.model(images, noise.to(self.machine.device)).loss
+            if self.ours:
+                noise = torch.rand(len(images), self.config.patches, generator=data.randomness("mask", key))
+                loss = self.model(images, noise.to(images.device)).loss
+            else:
+                loss = self.model(images)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return loss
 
 
-def measure(rounds, batch_size, machine):
-    """Seconds per step, {name: [one per round]}, of loading alone and of each method with it."""
-    images = data.InMemory(*data.make_shapes(10_000, "benchmark"), None, 32, machine.device)
-    trainees = {name: Trainee(taps, machine) for name, taps in METHODS.items()}
+def measure(trainees, images, rounds, batch_size, machine):
+    """Seconds per step, {name: [one per round]}, of loading alone, and of each trainee without it."""
     seconds = {name: [] for name in ("loading", *trainees)}
     for number in range(rounds + 1):  # the first is to warm up
         order = data.epoch_order(len(images), batch_size, 0, number)[:STEPS]
-        for name, spent in seconds.items():
-            synchronize(machine.device)
+        begin = time.perf_counter()
+        batches = [batch for batch, _ in images.batches(order, (0, number))]
+        synchronize(machine.device)
+        spent = {"loading": time.perf_counter() - begin}
+        for name, trainee in trainees.items():
             begin = time.perf_counter()
-            for key, (batch, _) in enumerate(images.batches(order, (0, number))):
-                if name in trainees:
-                    trainees[name].step(batch, (number, key))
+            for key, batch in enumerate(batches):
+                trainee.step(batch, (number, key))
             synchronize(machine.device)
-            if number:
-                spent.append((time.perf_counter() - begin) / len(order))
+            spent[name] = time.perf_counter() - begin
+        if number:
+            for name, value in spent.items():
+                seconds[name].append(value / len(order))
     return seconds
 
 
+# ------------------------------------------------------------------------------ the machine's limit
+
+
+def products(config, batch_size):
+    """The matrix products of a forward pass, {(rows, in, out): how many}, without those inside attention."""
+    count = collections.Counter()
+
+    def blocks(number, tokens, dim):
+        for shape in ((dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim)):
+            count[batch_size * tokens, *shape] += number
+
+    count[batch_size * config.visible, config.patch_dim, config.dim] += 1
+    blocks(config.depth, 1 + config.visible, config.dim)
+    for _ in config.taps:
+        count[batch_size * (1 + config.visible), config.dim, config.decoder_dim] += 1
+        blocks(config.decoder_depth, 1 + config.patches, config.decoder_dim)
+        count[batch_size * config.patches, config.decoder_dim, config.patch_dim] += 1
+    return count
+
+
+def step_flops(config, batch_size):
+    """Floating-point operations of a step by formula: each product forward, and for both of its inputs backward.
+
+    Attention adds two products of (T, T) matrices per block. The pixels need no gradient.
+    """
+    linear = sum(2 * rows * wide * out * number for (rows, wide, out), number in products(config, batch_size).items())
+    attention = 4 * batch_size * (config.depth * (1 + config.visible) ** 2 * config.dim
+                                  + len(config.taps) * config.decoder_depth * (1 + config.patches) ** 2 * config.decoder_dim)
+    return 3 * (linear + attention) - 2 * batch_size * config.visible * config.patch_dim * config.dim
+
+
+def counted_flops(trainee, images):
+    """The same, as torch counts it while a step runs."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # the counter knows no fused attention on CPUs
+        trainee.step(images)
+    return counter.get_total_flops()
+
+
+def product_rate(config, batch_size, machine):
+    """Operations per second of the step's own matrix products alone, forward and backward, in its precision."""
+    spent, flops = 0.0, 0
+    for (rows, wide, out), number in products(config, batch_size).items():
+        x, w, g = (torch.randn(shape, device=machine.device).to(machine.dtype) for shape in ((rows, wide), (out, wide), (rows, out)))
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            x @ w.T, g @ w, g.T @ x
+            synchronize(machine.device)
+            times.append(time.perf_counter() - begin)
+        spent += number * statistics.median(times)
+        flops += number * 6 * rows * wide * out
+    return flops / spent
+
+
+def where_time_goes(trainee, images):
+    """Shares of a step's time by kind of operation, on the device that computes."""
+    on_gpu = trainee.machine.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as record:
+        trainee.step(images)
+    shares = collections.Counter()
+    for event in record.key_averages():
+        name, spent = event.key.removeprefix("aten::"), event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kind = next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), "other")
+        shares[kind] += spent
+    return {kind: round(spent / sum(shares.values()), 3) for kind, spent in shares.most_common()}
+
+
+def peak_memory(name, size, batch_size, machine):
+    """Bytes that a step adds to a process at its peak; measured in a process of its own, but for GPUs, which count themselves."""
+    command = [sys.executable, __file__, "--only", name, "--sizes", size, "--batch-size", str(batch_size),
+               "--precision", str(machine.dtype).removeprefix("torch."), "--device", machine.device.type]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def print_own_peak(name, size, batch_size, machine):
+    """What peak_memory reads."""
+    images = torch.randn(batch_size, 3, cli.MODELS[size]["image_size"], cli.MODELS[size]["image_size"], device=machine.device)
+    before = peak_resident(reset=True)
+    trainee = Trainee(name, size, machine, peers.available() if name not in OURS else {})
+    for _ in range(2):
+        trainee.step(images)
+    print(torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else peak_resident() - before)
+
+
+def peak_resident(reset=False):
+    """The largest memory that this process has had, in bytes; on Linux, since the last reset, which loading torch makes needed."""
+    if platform.system() != "Linux":
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+# --------------------------------------------------------------------------------------- the tables
+
+
+def compare(size, options, machine):
+    """Measure one size; print its tables; return its figures."""
+    image_size = cli.MODELS[size]["image_size"]
+    images = data.InMemory(*data.make_shapes(STEPS * options.batch_size, "benchmark", side=image_size), None, image_size, machine.device)
+    trainees = {name: Trainee(name, size, machine, {}) for name in OURS}
+    found = peers.available()
+    trainees |= {name: Trainee(name, size, machine, found) for name in found}
+    seconds = measure(trainees, images, options.rounds, options.batch_size, machine)
+
+    batch = next(images.batches([torch.arange(options.batch_size)]))[0]
+    rows = []
+    for name, trainee in trainees.items():
+        middle = statistics.median(seconds[name])
+        rows.append({"name": name, "images_per_second": round(options.batch_size / middle, 1),
+                     "times_our_mae": round(statistics.median(t / o for t, o in zip(seconds[name], seconds["ours, MAE"])), 3),
+                     "peak_mb": round(peak_memory(name, size, options.batch_size, machine) / 1e6)})
+        if trainee.ours:
+            flops, counted = step_flops(trainee.config, options.batch_size), counted_flops(trainee, batch)
+            limit = product_rate(trainee.config, options.batch_size, machine)
+            rows[-1] |= {"gigaflops_of_a_step": round(flops / 1e9, 1), "counted": round(counted / 1e9, 1), "limit_gflops": round(limit / 1e9),
+                         "share_of_limit": round(flops / middle / limit, 3), "time": where_time_goes(trainee, batch),
+                         "loading_share": round(statistics.median(seconds["loading"]) / middle, 4)}
+
+    print(f"\n{size}, {machine}, {os.cpu_count()} cores, torch {torch.__version__}, batch {options.batch_size}, "
+          f"median of {options.rounds} rounds of {STEPS} steps\n")
+    print("| step with AdamW | images/s | seconds, in those of our MAE | peak memory, MB |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['name']} | {row['images_per_second']:,} | {row['times_our_mae']:.2f} | {row['peak_mb']:,} |")
+    print("\n| | GFLOP a step (counted by torch) | matrix products alone, GFLOP/s | share of that reached | loading | where the time goes |\n|---|---|---|---|---|---|")
+    for row in rows[:2]:
+        parts = ", ".join(f"{kind} {share:.0%}" for kind, share in row["time"].items() if share >= 0.02)
+        print(f"| {row['name']} | {row['gigaflops_of_a_step']} ({row['counted']}) | {row['limit_gflops']} | {row['share_of_limit']:.0%} "
+              f"| {row['loading_share']:.1%} of the step | {parts} |")
+    return {"size": size, "batch_size": options.batch_size, "rows": rows}
+
+
 def main():
-    """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help=f"rounds of {STEPS} steps")
+    """Measure, print the tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=cli.MODELS, default=["nano"], help="nano: 96 wide, tiny: 192 wide, base: ViT-B/16")
+    parser.add_argument("--rounds", type=int, default=5, help=f"rounds of {STEPS} steps")
     parser.add_argument("--batch-size", type=int, default=256, help="images per step")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="what engine.py chooses when not given")
     parser.add_argument("--device", default=engine.best_device(), help="cuda, mps or cpu")
+    parser.add_argument("--only", help="print the peak memory of this contestant, in bytes, and do nothing else")
     parser.add_argument("--out", type=Path, help="directory for pretrain.json")
     options = parser.parse_args()
-    if options.rounds < 1 or not 1 <= options.batch_size <= 10_000:
-        parser.error("--rounds must be above zero, and --batch-size from 1 to 10000")
     device = torch.device(options.device)
-    machine = engine.Machine(device, 0, 1, engine.mixed_precision(device))
-    seconds = measure(options.rounds, options.batch_size, machine)
-
-    middle = {name: statistics.median(spent) for name, spent in seconds.items()}
-    rows = [{"method": name, "images_per_second": round(options.batch_size / middle[name]),
-             "best_images_per_second": round(options.batch_size / min(seconds[name])),
-             "loading_share": round(middle["loading"] / middle[name], 4)} for name in METHODS]
-    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, batch {options.batch_size}, "
-          f"median of {options.rounds} rounds of {STEPS} steps\n")
-    print("| cifar10-nano | images/s | best round | loading and augmentation |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['method']} | {row['images_per_second']:,} | {row['best_images_per_second']:,} "
-              f"| {row['loading_share']:.1%} of the step |")
+    dtype = getattr(torch, options.precision) if options.precision else engine.mixed_precision(device)
+    machine = engine.Machine(device, 0, 1, dtype)
+    if options.only:
+        print_own_peak(options.only, options.sizes[0], options.batch_size, machine)
+        return
+    results = [compare(size, options, machine) for size in options.sizes]
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        result = {"command": " ".join(sys.argv), "machine": str(machine), "cores": os.cpu_count(),
-                  "processor": platform.machine(), "torch": torch.__version__, "batch_size": options.batch_size,
-                  "rounds": options.rounds, "date": time.strftime("%Y-%m-%d"), "rows": rows}
+        result = {"command": " ".join(sys.argv), "machine": str(machine), "cores": os.cpu_count(), "processor": platform.machine(),
+                  "torch": torch.__version__, "rounds": options.rounds, "date": time.strftime("%Y-%m-%d"), "results": results}
         (options.out / "pretrain.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
