@@ -313,23 +313,19 @@ if machine.world > 1:
 @pytest.mark.parametrize("processes, parts", [(1, 4), (2, 1), (2, 2)])
 def test_processes_and_parts_have_the_loss_and_gradients_of_one(tmp_path, processes, parts):
     (tmp_path / "step.py").write_text(ONE_STEP)
-    torchrun(tmp_path / "step.py", 1, tmp_path / "one.pt", processes=1)
     torchrun(tmp_path / "step.py", parts, tmp_path / "many.pt", processes=processes)
     losses, gradients = torch.load(tmp_path / "many.pt", weights_only=True)
-    expected_losses, expected = torch.load(tmp_path / "one.pt", weights_only=True)
 
-    # The one is what DeepMIM.forward gives for the same images and noise, computed here.
+    # What DeepMIM.forward gives for the same images and noise.
     torch.manual_seed(0)
     model = DeepMIM(Config(8, 2, 3, 16, 3, 2, 8, 1, 2, (1, 2, 3)))
     order = data.epoch_order(16, 16, 0, 0)
     images, _ = next(data.InMemory(*data.make_shapes(16, 0, side=8), None, 8, "cpu").batches(order, (0, 0)))
     output = model(images, torch.rand(16, 16, generator=data.randomness(0, "mask", 0, 0)))
     output.loss.backward()
-    torch.testing.assert_close(expected_losses, output.losses.detach(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(losses, expected_losses, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses, output.losses.detach(), atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(expected[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
