@@ -8,8 +8,8 @@
     python analyze.py curves RUN [RUN …]                 # losses and accuracies of runs, overlaid
 
 Each writes DIR/<command>.png and DIR/<command>.json with the same numbers, --out DIR (default: figures).
-A.pt is a model.pt of train.py or finetune.py, and for all but reconstruct a checkpoint of MAE's or timm's
-too. Features are taken from held-out images, unmasked, in float32.
+A.pt is a model.pt of train.py or finetune.py, or a checkpoint of MAE's or timm's; reconstruct needs one with
+decoders, train.py's or MAE's. Images are held-out ones, in float32, unmasked but for reconstruct.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 import cli
@@ -113,13 +114,18 @@ def head_similarity(x):
 
 @torch.no_grad()
 def attention_of_blocks(encoder, images):
-    """For each block the attention maps (B, heads, T, T) and what each head takes from them, (B, heads, T, D / heads)."""
+    """For each block the attention maps (B, heads, T, T) and what each head adds to the tokens, (B, heads, T, D).
+
+    The second is a head's own part of `proj`. What a head hands to `proj` could not be compared with another's: each
+    head's D / heads numbers have axes of their own.
+    """
     _, outputs = encoder(images, every_block=True)
     inputs = [encoder.embed(images), *outputs[:-1]]
     for block, tokens in zip(encoder.blocks, inputs):
         q, k, v = block.attn.split(block.norm1(tokens))
         attention = attention_map(q, k)
-        yield attention, attention @ v
+        parts = rearrange(block.attn.proj.weight, "out (heads d) -> heads d out", heads=block.attn.heads)
+        yield attention, attention @ v @ parts                                    # … (B, heads, T, D)
 
 
 # ------------------------------------------------------------------------------------- features
@@ -282,7 +288,7 @@ def reconstruct_command(options, machine):
     config = model.config
     teacher = load_whole(options.teacher, options, machine) if options.teacher else None
     if teacher:
-        check_teacher(config, teacher.config)
+        cli.checked(lambda: check_teacher(config, teacher.config))
     batches, count = held_out(options, config, machine)
     losses, errors, shown = 0.0, 0.0, None
     for number, (images, _) in enumerate(batches()):

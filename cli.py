@@ -108,11 +108,23 @@ def add_common_options(parser):
     group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True,
                        help="mixed precision, where the hardware is built for it")
     group.add_argument("--compile", action="store_true", help="compile the model: a slow start, then faster steps")
+    group.add_argument("--checkpoint-activations", action="store_true",
+                       help="keep less for the backward pass and compute it once more: less memory, slower steps")
     group.add_argument("--accumulate", type=number(int), default=1, help="cut each step's batch into this many parts")
     group.add_argument("--workers", type=number(int, zero=True), default=min(8, os.cpu_count()),
                        help="processes that decode images")
     group.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                        help="go on with the run in --out; with --no-resume it is overwritten")
+
+
+def check_run(options):
+    """Raise BadInput where --warmup-epochs doesn't fit into --epochs, or --out into the world beside --data."""
+    if options.warmup_epochs is not None and options.warmup_epochs >= options.epochs:
+        raise BadInput(f"--warmup-epochs: {options.warmup_epochs:g} must be below --epochs, {options.epochs}")
+    images, out = (os.path.join(os.path.realpath(path), "") for path in (options.data, options.out))
+    if out.startswith(images):
+        raise BadInput(f"--out: {options.out} lies in --data, where the next run would take its pictures for images to train on; "
+                       "use a directory elsewhere")
 
 
 def config_from(options):
@@ -121,7 +133,7 @@ def config_from(options):
 
 
 def checked(make):
-    """make(), which makes a Config; where a field of it is refused, BadInput names the option of the same name."""
+    """make(); where it refuses a field of Config or a teacher, BadInput names the option of the same name."""
     try:
         return make()
     except BadInput as error:

@@ -7,8 +7,9 @@ DataLoader workers). Both have
 
     len(images), images.classes, images.batches(indices, seed)
 
-What happens to an image depends on the seed, the epoch and its index, and on nothing else: not on
-the batch that it is in, the number of workers or processes, or where a run was interrupted.
+How an image is cut and flipped depends on the seed, the epoch and its index, and on nothing else: not
+on the batch that it is in, the number of workers or processes, or where a run was interrupted. Only a
+further `augment` of images in memory depends on their neighbours in the batch too, see in_groups.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ SMALL_IMAGE = 64         # sides up to this are kept decoded …
 DECODED_BYTES = 2 << 30  # … where all of them together take no more than this
 CROP_SHIFT = 4           # small images move by up to this many pixels at 32 × 32, as is usual for CIFAR
 PRETRAINING_CROP = (0.2, 1)  # share of a larger image's area that RandomResizedCrop keeps, as in MAE's code
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name says; for EPS, Pillow would start Ghostscript
 GROUP = 8                # images of a batch that share the draws of a torchvision transform, see in_groups
 
 
@@ -58,7 +60,7 @@ def colour_statistics(images):
 def normalize(images):
     """uint8 images (B, C, H, H) as float32 with mean 0 and deviation 1 over ImageNet."""
     mean, std = colour_statistics(images)
-    return (images.float() / 255 - mean) / std
+    return images.float().div_(255).sub_(mean).div_(std)  # in place: each further copy of a large batch costs as much as the sum
 
 
 def to_pixels(images):
@@ -111,14 +113,13 @@ def crop_and_flip(images, shift, flip):
 
     The same as padding by reflection and cropping, each image at its own place, in one look-up.
     """
-    batch, _, side, _ = images.shape
+    _, channels, side, _ = images.shape
     line = torch.arange(side, device=images.device)
     rows = mirrored(line + shift[:, :1], side)                      # (B, H)
     columns = mirrored(line + shift[:, 1:], side)                   # (B, H)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    image = torch.arange(batch, device=images.device)[:, None, None]
-    cut = images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # (B, H, H, C)
-    return cut.permute(0, 3, 1, 2)                                  # (B, C, H, H)
+    pixels = (side * rows[:, :, None] + columns[:, None, :]).flatten(1)                        # (B, H·H), which pixel comes where
+    return images.flatten(2).gather(2, pixels[:, None].expand(-1, channels, -1)).view_as(images)  # (B, C, H, H)
 
 
 def in_groups(transform, images, *key):
@@ -151,14 +152,12 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_image(self.paths[index], self.channels)
+        image = v2.functional.pil_to_tensor(read_image(self.paths[index], self.channels))  # whose transforms are faster
         if self.seed is None:
-            image = self.transform(image)
-        else:
-            with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
-                torch.default_generator.manual_seed(randomness(self.seed, "transform", index).initial_seed())
-                image = self.transform(image)
-        return v2.functional.pil_to_tensor(image), self.labels[index]
+            return self.transform(image), self.labels[index]
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global generator
+            torch.default_generator.manual_seed(randomness(self.seed, "transform", index).initial_seed())
+            return self.transform(image), self.labels[index]
 
 
 class Readable(Dataset):
@@ -219,7 +218,7 @@ def read_image(path, channels):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadInput(f"{path}: not an image that can be read ({error}); repair or remove it, or use --skip-damaged") from None
@@ -256,7 +255,10 @@ def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, prog
     if decoded:
         train, held_out = make_shapes_data() if name == "shapes" else cifar10()
     else:
-        train, held_out = folder(Path(name))
+        try:
+            train, held_out = folder(Path(name))
+        except OSError as error:
+            raise BadInput(f"--data: {error.filename} can't be looked into ({error.strerror})") from None
         if skip_damaged:
             train, held_out = (undamaged(part, channels, workers, progress) for part in (train, held_out))
     keep, back = divided(len(train[0]), limit, hold_out)
@@ -385,8 +387,11 @@ def labelled(directory, classes):
 
 def images_in(directory, deep=True):
     """The image files below a directory, or directly in it, sorted; symbolic links to folders are not followed."""
+    def refuse(error):  # os.walk would pass over what it can't read
+        raise error
+
     paths = []
-    for place, _, names in os.walk(directory):
+    for place, _, names in os.walk(directory, onerror=refuse):
         paths += [os.path.join(place, name) for name in names if name.lower().endswith(datasets.folder.IMG_EXTENSIONS)]
         if not deep:
             break
@@ -447,11 +452,11 @@ def make_shapes(n, seed, side=32):
 
     base = draw(0.1, 0.9, 3)
     texture = (0.5 * wave() + 0.5 * wave() * wave())[:, None]                     # (n, 1, side, side)
-    image = base + draw(-0.22, 0.22, 3) * texture                                 # (n, 3, side, side)
+    image = base + draw(-0.12, 0.12, 3) * texture                                 # (n, 3, side, side)
 
-    radius = draw(6, 11)
+    radius = draw(9, 14)
     middle = side / 2
-    place_x, place_y = draw(-1, 1) * (side / 2 - 0.85 * radius), draw(-1, 1) * (side / 2 - 0.85 * radius)
+    place_x, place_y = draw(-1, 1) * (side / 2 - 0.9 * radius), draw(-1, 1) * (side / 2 - 0.9 * radius)
     angle = draw(0, 2 * math.pi)
     right, down = (x - middle - place_x) / radius, (y - middle - place_y) / radius
     u, v = right * angle.cos() + down * angle.sin(), down * angle.cos() - right * angle.sin()
@@ -465,7 +470,7 @@ def make_shapes(n, seed, side=32):
 
     angle = draw(0, 2 * math.pi)
     across = ((x - middle) * angle.cos() + (y - middle) * angle.sin() - draw(-12, 12)).abs()
-    bar = (draw(0.5, 1.5) + 0.5 - across).clamp(0, 1)[:, None]
+    bar = (draw(0.3, 1.0) + 0.5 - across).clamp(0, 1)[:, None]
     image = image + bar * (draw(0, 1, 3) - image)
     return image.mul_(255).round_().clamp_(0, 255).to(torch.uint8), labels
 

@@ -8,9 +8,10 @@ blocks before it, so that shallow blocks are taught directly and not only throug
 Read from top to bottom: the sizes, patches and masks, the Transformer block, the encoder, the
 decoder, the targets, the loss, and the whole. In the shape comments
 
-    B  images in a batch           N = (H / P)²  patches of an image        D  width of the encoder
-    C  channels of an image        V = N (1 − mask ratio)  visible ones     d  width of a decoder
-    H  side of an image, in pixels P  side of a patch, in pixels
+    B  images in a batch         N = (H / P)²  patches of an image
+    C  channels of an image      V = int(N (1 − mask ratio))  visible ones
+    H  side of an image, pixels  D  width of the encoder
+    P  side of a patch, pixels   d  width of a decoder
     T  tokens: a class token, then N or V patches
 
 "MAE's code" is github.com/facebookresearch/mae, "timm" github.com/huggingface/pytorch-image-models.
@@ -98,7 +99,7 @@ class Config:
 
     @property
     def visible(self):
-        """V, the patches that stay visible; rounded down, as in MAE's code."""
+        """V, the patches that stay visible; rounded down, as in MAE's code (floats make it 9 of 100 at a ratio of 0.9)."""
         return int(self.patches * (1 - self.mask_ratio))
 
     @property
@@ -186,17 +187,6 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def residual_stream(tokens):
-    """The tokens (B, T, D) in the precision in which blocks add to them, as they enter the first block.
-
-    Mixed precision on a CPU adds in bfloat16: a step is then 4 to 8 % faster than in float32, which
-    everything else keeps, as MAE's code does (benchmarks/pretrain.py times a step).
-    """
-    if tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return tokens.to(torch.get_autocast_dtype("cpu"))
-    return tokens
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, dim) to (B, T, dim). Names as in timm's `Attention`."""
 
@@ -244,6 +234,17 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def in_stream_precision(tokens):
+    """Cast tokens (B, T, D), as they enter the first block, to the precision in which every block adds to them.
+
+    float32, as in MAE's code, except in mixed precision on a CPU: there adding in bfloat16 makes a
+    step 4 to 8 % faster (benchmarks/pretrain.py times steps).
+    """
+    if tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return tokens.to(torch.get_autocast_dtype("cpu"))
+    return tokens
 
 
 def init_weights(module):
@@ -299,7 +300,7 @@ class ViT(nn.Module):
             patches, positions = take_patches(patches, ids_keep), take_patches(positions, ids_keep)  # N becomes V
         tokens = self.patch_embed(patches) + positions               # (B, N or V, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return residual_stream(torch.cat([cls_token, tokens], dim=1))  # (B, T, D)
+        return in_stream_precision(torch.cat([cls_token, tokens], dim=1))  # (B, T, D)
 
     def forward(self, images, ids_keep=None, every_block=False):
         """The normalised tokens of the last block, (B, T, D), class token first (timm's `forward_features`).
@@ -341,7 +342,7 @@ class Decoder(nn.Module):
         cls_token, visible = tokens[:, :1], tokens[:, 1:]
         masked = self.mask_token.to(tokens.dtype).expand(batch, self.pos_embed.shape[1] - 1, dim)  # (B, N, d)
         patches = masked.scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, dim), visible)  # visible ones back in place
-        x = residual_stream(torch.cat([cls_token, patches], dim=1) + self.pos_embed)  # (B, 1 + N, d)
+        x = in_stream_precision(torch.cat([cls_token, patches], dim=1) + self.pos_embed)  # (B, 1 + N, d)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, 1:]))                                # (B, N, P·P·C)
@@ -435,8 +436,10 @@ class DeepMIM(nn.Module):
             noise = torch.rand(len(images), self.config.patches, device=images.device)
         ids_keep, _, mask = random_masking(noise, self.config.mask_ratio)  # decoders scatter, and need no ids_restore
 
-        last, outputs = self.encoder(images, ids_keep, every_block=True)  # depth × (B, 1 + V, D)
-        tapped = [outputs[tap - 1] for tap in self.config.taps[:-1]] + [last]  # only the last is normalised
+        # As in MAE, the last decoder reads the encoder's normalised tokens. That norm belongs to the last
+        # block, so the decoders before it read raw ones.
+        last, outputs = self.encoder(images, ids_keep, every_block=True)  # (B, 1 + V, D), and depth × the same
+        tapped = [outputs[tap - 1] for tap in self.config.taps[:-1]] + [last]
         predictions = [decoder(tokens, ids_keep) for decoder, tokens in zip(self.decoders, tapped)]
 
         x = pixel_targets(images, self.config.patch_size, self.config.norm_pix)  # (B, N, P·P·C)

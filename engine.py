@@ -6,6 +6,7 @@ Each part stands alone; train.py and finetune.py put them together in a plain lo
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -21,8 +22,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from deepmim import BadInput, Config
+from deepmim import BadInput, Block, Config
 
 try:
     import fcntl
@@ -35,37 +37,65 @@ import matplotlib.pyplot as plt  # noqa: E402  after the choice of a back end th
 # ------------------------------------------------------------------------------- how a script ends
 
 
+GO_ON = "every finished epoch is saved, and the same command goes on from there"
+FAILURES = {  # errors of torch's that no input explains: what it says, in part, and what to tell the user
+    "gloo": f"another process has ended; {GO_ON}",
+    "nccl": f"another process has ended; {GO_ON}",
+    "dataloader worker": f"a process that decodes images has ended, maybe for want of memory, of which fewer --workers need less; {GO_ON}",
+    "tried to allocate": "the memory is too small; --accumulate 2, 4, … computes the same batch in parts",
+}
+
+
 def run(main):
     """Call main; end the process as a user expects: one line and status 2, 1, 130 or 143, or a quiet 0."""
-    speaks = os.environ.get("RANK", "0") == "0"
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        main()
-        status, message = 0, None
-    except BadInput as error:
-        status, message = 2, str(error)
-    except RunFailed as error:
-        status, message = 1, str(error)
-    except torch.OutOfMemoryError:
-        status, message = 1, "the GPU's memory is too small; --accumulate 2, 4, … computes the same batch in parts"
-    except KeyboardInterrupt as interrupt:
-        status = 143 if isinstance(interrupt, Terminated) else 130
-        message = "stopped; every finished epoch is saved, and the same command goes on from there"
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if message and speaks:
+    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+    on_signals(interrupt)
+    status, message = outcome(main)
+    on_signals(signal.SIG_IGN)
+    if message and fails_first():
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(status)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a cluster sends it before it takes a machine away."""
+def outcome(main):
+    """Call main; the exit status that its end means, and a line about it, None where all is well."""
+    try:
+        main()
+        return 0, None
+    except BadInput as error:
+        return 2, str(error)
+    except RunFailed as error:
+        return 1, str(error)
+    except RuntimeError as error:
+        lines = [line for part, line in FAILURES.items() if part in str(error).lower()]
+        if not lines:
+            raise
+        return 1, lines[0]
+    except KeyboardInterrupt as error:
+        number, = error.args or (signal.SIGINT,)
+        return 128 + number, f"stopped; {GO_ON}"
 
 
-def terminate(number, frame):
-    """A signal handler: stop as Ctrl-C does."""
-    raise Terminated
+def on_signals(handler):
+    """Let handler deal with Ctrl-C, and with SIGTERM, which a cluster sends before it takes a machine away."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def interrupt(number, frame):
+    """A signal handler: stop as Ctrl-C does, once; a second signal must not break into how the run ends."""
+    on_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+
+def fails_first():
+    """Whether this process is the first of torchrun's to fail: it knows the cause, and the others fall silent."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun's own store, which outlives its processes
+        return os.environ.get("RANK", "0") == "0"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.add("failed in attempt " + os.environ["TORCHELASTIC_RESTART_COUNT"], 1) == 1
 
 
 class RunFailed(RuntimeError):
@@ -101,6 +131,13 @@ class Machine:
     def autocast(self):
         """The context in which a model runs in mixed precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def looks(self, step, steps):
+        """Whether to look at the losses after this step of an epoch's: a look makes a GPU wait, so there seldom.
+
+        A NaN then stops a GPU up to nine steps late, but before the epoch's end and so before anything is written.
+        """
+        return self.device.type == "cpu" or (step + 1) % 10 == 0 or step + 1 == steps
 
     def first_alone(self, action):
         """Do something once on each computer, such as a download, while its other processes wait."""
@@ -180,13 +217,22 @@ def mixed_precision(device):
     return torch.float32
 
 
-def distribute(model, machine, compile=False):
-    """The model, compiled if asked for, with its gradients averaged over the processes where there are several."""
-    if compile:
+def distribute(model, machine, options):
+    """The model as --checkpoint-activations and --compile want it, with its gradients averaged over several processes."""
+    if options.checkpoint_activations:
+        checkpoint_activations(model)
+    if options.compile:
         model.compile()
     if machine.world == 1:
         return model
     return DistributedDataParallel(model, device_ids=[machine.device] if machine.device.type == "cuda" else None)
+
+
+def checkpoint_activations(model):
+    """Let each Block keep only its input for the backward pass, and compute the rest once more then (Chen et al. 2016)."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def gradients_averaged(model, last):
@@ -251,26 +297,30 @@ def check_finite(losses, epoch, names):
 
 
 def write(path, save, previous=None):
-    """Call save(temporary path), then move the result to path in one step: a reader finds the old file or the new.
+    """Call save(a file open for writing), then move it to path in one step: a reader finds the old file or the new.
 
     The old one is kept under the path `previous`, if one is given. Raises RunFailed, with what was there intact.
     """
     temporary = path.with_name(path.name + ".part")
     try:
-        save(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise RunFailed(f"{path}: not written ({error}); what was there is intact") from None
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides a full disk's OSError
+        raise RunFailed(f"{path}: not written ({reason}); what was there is intact") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # still there where something, if only Ctrl-C, came between
 
 
 def write_json(path, value):
     """A value as a JSON file."""
-    write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    write(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
 def load(path):
@@ -297,7 +347,8 @@ def load_state(path):
     state = content
     if isinstance(content, dict):
         state = content.get("model", content.get("state_dict", content))
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
         raise BadInput(f'{path}: not a model; {{"config": …, "model": …}} of ours, {{"model": …}} of MAE or a '
                        "state_dict of timm's ViT is needed")
     return content.get("config"), state
@@ -313,7 +364,7 @@ def load_model(path, norm_pix=True):
     if config is not None:
         return recorded_config(config, path), state
     encoder = sizes_of(state, None, path)
-    if "decoder_embed.weight" not in state:
+    if "decoder_embed.weight" not in state or state["decoder_embed.weight"].ndim != 2:
         raise BadInput(f"{path}: it has an encoder only; a checkpoint with its decoder is needed")
     decoder_depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
     decoder_dim = len(state["decoder_embed.weight"])
@@ -366,7 +417,9 @@ def sizes_of(state, heads, path):
     if missing:
         raise BadInput(f"{path}: no ViT of ours, MAE's or timm's: {missing[0]} is missing")
     weight, positions = state["patch_embed.proj.weight"], state["pos_embed"]
-    if weight.ndim != 4 or positions.ndim != 3 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+    patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    side = math.isqrt(max(0, patches))
+    if weight.ndim != 4 or not side or side**2 != patches:
         raise BadInput(f"{path}: patch_embed.proj.weight {tuple(weight.shape)} and pos_embed {tuple(positions.shape)} are "
                        "not of square patches and of a class token and a square of patches")
     dim, channels, patch_size, _ = weight.shape
@@ -375,7 +428,7 @@ def sizes_of(state, heads, path):
     if not heads:
         raise BadInput(f"{path}: its heads can't be known from a width of {dim}; say --heads")
     try:
-        return Config(math.isqrt(positions.shape[1] - 1) * patch_size, patch_size, channels, dim, depth, heads,
+        return Config(side * patch_size, patch_size, channels, dim, depth, heads,
                       taps=(depth,))
     except BadInput as error:
         raise BadInput(f"{path}: its sizes can't be used ({error})") from None
@@ -427,14 +480,14 @@ def picture_figure(columns, title):
 
 def write_figure(path, figure):
     """Write a figure as a PNG, and let go of it."""
-    write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
+    write(path, lambda file: figure.savefig(file, format="png", dpi=110, bbox_inches="tight"))
     plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------ runs on disk
 
 
-MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset")
+MAY_CHANGE = ("out", "device", "workers", "accumulate", "checkpoint_activations", "resume", "preset")
 
 
 class Run:
@@ -469,9 +522,13 @@ class Run:
         return self._read(previous) if previous.exists() else None
 
     def _read(self, path):
-        state = load(path)
+        remedy = "use another --out, or --no-resume to overwrite it"
+        try:
+            state = load(path)
+        except BadInput as error:
+            raise BadInput(f"{error}; {remedy}") from None
         if not isinstance(state, dict) or not {"options", "history", "model", "optimizer", "scaler"} <= state.keys():
-            raise BadInput(f"{path}: not a checkpoint of this script; use another --out, or --no-resume to overwrite it")
+            raise BadInput(f"{path}: not a checkpoint of this script; {remedy}")
         return state
 
     def _refuse_other_options(self, before):
@@ -525,12 +582,12 @@ class Run:
         self.history.append(record)
         if not self.speaks:
             return
-        write(self.path / "model.pt", lambda temporary: torch.save(content, temporary))
+        write(self.path / "model.pt", lambda file: torch.save(content, file))
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write(self.path / "log.jsonl", lambda temporary: temporary.write_text(lines))
+        write(self.path / "log.jsonl", lambda file: file.write(lines.encode()))
         if result:
             total = round(sum(line["seconds"] for line in self.history), 2)
             write_json(self.path / "result.json", {**record, "seconds": total, "options": self.options})
         state = {"options": self.options, "history": self.history, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        write(self.path / "last.pt", lambda temporary: torch.save(state, temporary), self.path / "previous.pt")
+        write(self.path / "last.pt", lambda file: torch.save(state, file), self.path / "previous.pt")

@@ -36,11 +36,11 @@ import engine
 from deepmim import BadInput, Config, ViT
 
 PRESETS = {
-    "shapes": dict(data="shapes", epochs=10, batch_size=64, lr=1e-3),
-    "cifar10-nano": dict(data="cifar10", epochs=8, batch_size=64, lr=1e-3),
-    "cifar10": dict(data="cifar10", epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, drop_path=0.1, mixup=0.8,
-                    cutmix=1.0, randaugment=9, erasing=0.25),
-    "imagenet": dict(data="imagenet", epochs=100, batch_size=1024, blr=5e-4, min_lr=1e-6, warmup_epochs=5,
+    "shapes": dict(data="shapes", epochs=5, batch_size=32, lr=1e-3),
+    "cifar10-nano": dict(data="cifar10", epochs=8, batch_size=64, lr=2e-3),
+    "cifar10": dict(data="cifar10", epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, beta2=0.999, drop_path=0.1,
+                    mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25),
+    "imagenet": dict(data="imagenet", epochs=100, batch_size=1024, blr=5e-4, min_lr=1e-6, warmup_epochs=5, beta2=0.999,
                      layer_decay=0.65, drop_path=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25),
 }
 SIZES = {"shapes": "nano", "cifar10-nano": "nano", "cifar10": "tiny", "imagenet": "base"}  # of --scratch
@@ -49,7 +49,6 @@ LINEAR_PROBE = dict(weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, rand
 MODEL_OPTIONS = ("image_size", "patch_size", "channels", "dim", "depth", "heads")
 CROP_SCALE = (0.08, 1)  # of RandomResizedCrop for larger images, as in MAE's code; pre-training keeps more
 EVALUATION_BATCH = 250  # always, so that an accuracy depends neither on --batch-size nor on the number of processes
-CHECK_EVERY = 10        # steps between looks at the loss: each look makes a GPU wait
 
 
 # --------------------------------------------------------------------------------------- the model
@@ -163,10 +162,12 @@ def parse_options():
     options = parser.parse(presets, "shapes")
     if options.eval and not options.init:
         raise BadInput("--eval: a fine-tuned model is needed, --init runs/shapes-finetune/model.pt")
-    if options.warmup_epochs is not None and options.warmup_epochs >= options.epochs:
-        raise BadInput(f"--warmup-epochs: {options.warmup_epochs:g} must be below --epochs, {options.epochs}")
+    for name in MODEL_OPTIONS if options.eval else ():
+        if getattr(options, name) is not None:
+            raise BadInput(f"--{name.replace('_', '-')}: --eval measures a model as it was fine-tuned; leave the option out")
     if not options.out:
         options.out = f"runs/{options.preset}-{mode_name(options)}"
+    cli.check_run(options)
     return options
 
 
@@ -251,10 +252,10 @@ def summary(names):
 
 def load_classifier(path):
     """(Config, Classifier, class names) of a fine-tuned model.pt; raises BadInput."""
-    config, state = engine.load_model(path)
     content = engine.load(path)
-    if not {"classes", "pool", "linear_probe"} <= content.keys():
+    if not isinstance(content, dict) or not {"config", "model", "classes", "pool", "linear_probe"} <= content.keys():
         raise BadInput(f"--eval: {path} has no classifier; a model.pt written by finetune.py is needed")
+    config, state = engine.load_model(path)
     model = Classifier(config, len(content["classes"]), content["pool"], content["linear_probe"])
     engine.load_weights(model, state, path)
     return config, model, content["classes"]
@@ -311,9 +312,9 @@ def train_epoch(model, images, optimizer, scaler, options, machine, epoch):
         optimizer.zero_grad(set_to_none=True)
 
         bar.update(options.batch_size)
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+        if machine.looks(step, steps):
             engine.check_finite(machine.mean(losses[: step + 1]), epoch, ["the loss"])
-            bar.set_postfix(loss=f"{losses[step].item():.4f}", lr=f"{rate:.1e}")
+            bar.set_postfix(loss=f"{losses[step].item():.4f}", lr=f"{rate:.1e}", refresh=False)
     bar.close()
     return machine.mean(losses.mean()).item(), rate
 
@@ -353,7 +354,7 @@ def evaluate(model, images, machine):
 
 @torch.no_grad()
 def all_features(model, images, machine):
-    """Features of unit length (n, D) and labels (n,) of all images, on every process."""
+    """Features (n, D) and labels (n,) of all images, on every process."""
     model.eval()
     width = model.encoder.cls_token.shape[-1]
     rows = torch.zeros(len(images), width + 1, device=machine.device)  # what other processes do stays zero here …
@@ -361,7 +362,7 @@ def all_features(model, images, machine):
     for ids, (batch, labels) in zip(chunks, images.batches(chunks)):
         with machine.autocast():
             features = model.features(batch)
-        rows[ids] = torch.cat([F.normalize(features.float(), dim=1), labels[:, None]], dim=1)
+        rows[ids] = torch.cat([features.float(), labels[:, None]], dim=1)
     rows = machine.mean(rows) * machine.world  # … so that the sum puts the parts together
     return rows[:, :width], rows[:, width].round().long()
 
@@ -369,18 +370,25 @@ def all_features(model, images, machine):
 def knn_votes(queries, features, labels, classes, k, temperature):
     """Weighted nearest neighbours (Wu et al. 2018): queries (Q, D) against features (n, D), labels (n,), to votes (Q, classes).
 
-    All of unit length. Each of the k most similar features votes for its label with exp(similarity / temperature).
+    All of unit length. Each of the k most similar features votes for its label with exp((similarity − 1) / temperature),
+    in which the 1 changes no ranking and keeps the exponential finite.
     """
     similarity, nearest = (queries @ features.T).topk(k, dim=1)               # (Q, k)
     votes = torch.zeros(len(queries), classes, device=queries.device)
-    return votes.scatter_add(1, labels[nearest], (similarity / temperature).exp())
+    return votes.scatter_add(1, labels[nearest], ((similarity - 1) / temperature).exp())
 
 
 def nearest_neighbours(model, images, options, machine):
-    """Accuracy of weighted nearest neighbours on the held-out images, among the training images."""
+    """Accuracy of weighted nearest neighbours on the held-out images, among the training images.
+
+    Features are standardised over the training images, as the batch norm before the linear probe does: what all
+    images share, which is most of a feature after reconstruction, would drown what tells them apart.
+    """
     k, classes = options.knn_k, len(images.train.classes)
     features, labels = all_features(model, images.train, machine)
     queries, wanted = all_features(model, images.held_out, machine)
+    deviation, mean = torch.std_mean(features, dim=0)                              # two (D,)
+    features, queries = (F.normalize((x - mean) / (deviation + 1e-6), dim=1) for x in (features, queries))
     chunks = ((knn_votes(queries[ids], features, labels, classes, k, options.temperature), wanted[ids])
               for ids in share_of_chunks(images.held_out, machine))
     record = score(chunks, classes, machine)
@@ -475,7 +483,7 @@ def main():
     run.open()
     machine.say(f"{mode_name(options)}, {len(images.train):,} images of {len(classes)} classes, {machine}, into {run.path}"
                 + (f", after epoch {run.epoch}" if run.epoch else ""))
-    network = engine.distribute(model, machine, options.compile)
+    network = engine.distribute(model, machine, options)
 
     for epoch in range(run.epoch, options.epochs):
         begin = time.perf_counter()
@@ -484,11 +492,11 @@ def main():
         count = len(images.train) // options.batch_size * options.batch_size
         record = {"epoch": epoch + 1, "train_loss": loss, **evaluate(model, images.held_out, machine),
                   "learning_rate": rate, "images_per_second": round(count / seconds, 1), "seconds": round(seconds, 2)}
-        machine.say(f"epoch {epoch + 1}/{options.epochs}  loss {loss:.4f}  validation {record['val_loss']:.4f}, "
-                    f"accuracy {record['val_accuracy']:.2%}  {record['images_per_second']:.0f} images/s")
         content = {"config": dataclasses.asdict(config), "model": model.state_dict(), "classes": classes,
                    "pool": options.pool, "linear_probe": options.linear_probe}
         run.finish_epoch(record, model, optimizer, scaler, content, result=epoch + 1 == options.epochs)
+        machine.say(f"epoch {epoch + 1}/{options.epochs}  loss {loss:.4f}  validation {record['val_loss']:.4f}, "
+                    f"accuracy {record['val_accuracy']:.2%}  {record['images_per_second']:.0f} images/s")
         if machine.speaks:  # after what matters is safe
             draw_curves(run.path / "curves.png", run.history, f"{run.path}: accuracy {record['val_accuracy']:.2%} after epoch {epoch + 1}")
 

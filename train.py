@@ -23,13 +23,12 @@ import engine
 from deepmim import BadInput, Config, DeepMIM, check_teacher, paint
 
 PRESETS = {
-    "shapes": dict(cli.MODELS["nano"], data="shapes", epochs=4, batch_size=64, lr=2e-3),
+    "shapes": dict(cli.MODELS["nano"], data="shapes", epochs=4, batch_size=32, lr=1.5e-3, norm_pix=False),
     "cifar10-nano": dict(cli.MODELS["nano"], data="cifar10", epochs=15, batch_size=64, lr=1e-3),
     "cifar10": dict(cli.MODELS["tiny"], data="cifar10", epochs=400, batch_size=1024, lr=2e-3),
     "imagenet": dict(cli.MODELS["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4, warmup_epochs=40),
 }
-CHECK_EVERY = 10  # steps between looks at the losses: each look makes a GPU wait
-PICTURES = 8      # rows of reconstruction.png
+PICTURES = 8  # rows of reconstruction.png
 
 
 def parse_options():
@@ -48,10 +47,9 @@ def parse_options():
         if options.taps not in (Config.taps, (options.depth,)) or options.alphas:
             raise BadInput("--taps: --method mae has one tap, the last block, and no alphas; leave both options out")
         options.taps, options.alphas = (options.depth,), ()
-    if options.warmup_epochs is not None and options.warmup_epochs >= options.epochs:
-        raise BadInput(f"--warmup-epochs: {options.warmup_epochs:g} must be below --epochs, {options.epochs}")
     if not options.out:
         options.out = f"runs/{options.preset}-{'hybrid' if options.teacher else options.method}"
+    cli.check_run(options)
     return options
 
 
@@ -62,10 +60,7 @@ def load_teacher(options, config, device):
             raise BadInput("--alphas: they mix the image with the reconstruction of a --teacher, and none is given")
         return None
     teacher_config, state = engine.load_model(options.teacher, options.norm_pix)
-    try:
-        check_teacher(config, teacher_config)
-    except BadInput as error:
-        raise BadInput(f"--{error}") from None
+    cli.checked(lambda: check_teacher(config, teacher_config))
     teacher = DeepMIM(teacher_config)
     engine.load_weights(teacher, state, options.teacher)
     return teacher.requires_grad_(False).eval().to(device)
@@ -80,6 +75,7 @@ def train_epoch(model, teacher, images, optimizer, scaler, options, config, mach
     parts = [part for batch in order for part in machine.share(batch).chunk(options.accumulate)]
     batches = images.batches(parts, (options.seed, epoch))
     steps = len(order)
+    names = [f"the loss after block {tap}" for tap in config.taps]
 
     losses = torch.zeros(steps, len(config.taps), device=machine.device)
     bar = tqdm(total=steps * options.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.epochs}", leave=False,
@@ -103,9 +99,9 @@ def train_epoch(model, teacher, images, optimizer, scaler, options, config, mach
         optimizer.zero_grad(set_to_none=True)
 
         bar.update(options.batch_size)
-        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
-            engine.check_finite(machine.mean(losses[: step + 1]), epoch, [f"the loss after block {tap}" for tap in config.taps])
-            bar.set_postfix(loss=f"{losses[step].sum():.4f}", lr=f"{rate:.1e}")
+        if machine.looks(step, steps):
+            engine.check_finite(machine.mean(losses[: step + 1]), epoch, names)
+            bar.set_postfix(loss=f"{losses[step].sum():.4f}", lr=f"{rate:.1e}", refresh=False)
     bar.close()
     return machine.mean(losses.mean(dim=0)), rate
 
@@ -145,7 +141,10 @@ def main():
         raise BadInput(f"--batch-size: {options.batch_size} is more than the {len(images.train)} training images")
 
     if options.init:
-        engine.load_weights(model.encoder, engine.load_encoder(options.init, options.heads)[1], options.init)
+        found, state = engine.load_encoder(options.init, options.heads)
+        if found.depth != config.depth:
+            raise BadInput(f"--depth: {options.init} has {found.depth} blocks, not {config.depth}")
+        engine.load_weights(model.encoder, state, options.init)
     model.to(machine.device)
     optimizer = engine.make_optimizer(model, options)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
@@ -157,7 +156,7 @@ def main():
     run.open()
     machine.say(f"{options.method}, taps {config.taps}, {len(images.train):,} images, {machine}, into {run.path}"
                 + (f", after epoch {run.epoch}" if run.epoch else ""))
-    network = engine.distribute(model, machine, options.compile)
+    network = engine.distribute(model, machine, options)
 
     for epoch in range(run.epoch, options.epochs):
         begin = time.perf_counter()
@@ -168,10 +167,10 @@ def main():
                   "losses": {str(tap): loss for tap, loss in zip(config.taps, losses.tolist())},
                   "learning_rate": rate, "images_per_second": round(steps * options.batch_size / seconds, 1),
                   "seconds": round(seconds, 2)}
-        machine.say(f"epoch {epoch + 1}/{options.epochs}  loss {record['loss']:.4f}  "
-                    f"last decoder {losses[-1]:.4f}  {record['images_per_second']:.0f} images/s")
         content = {"config": dataclasses.asdict(config), "model": model.state_dict()}
         run.finish_epoch(record, model, optimizer, scaler, content, result=epoch + 1 == options.epochs)
+        machine.say(f"epoch {epoch + 1}/{options.epochs}  loss {record['loss']:.4f}  "
+                    f"last decoder {losses[-1]:.4f}  {record['images_per_second']:.0f} images/s")
         if machine.speaks:  # after what matters is safe
             draw_reconstructions(model, images.held_out, config, run.path / "reconstruction.png", machine, record)
 

@@ -1,14 +1,12 @@
 """Which attention is faster here: PyTorch's fused kernel, or the formula written out? The reason for deepmim.attend.
 
-    python benchmarks/attention.py [--device cuda]
+    python benchmarks/attention.py [--device cuda] [--out results/speed]
 
 Forward and backward, in turns, at the sizes (batch, heads, tokens, width of a head) that the presets use.
 """
 
-import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common  # noqa: E402
 from deepmim import attention_map  # noqa: E402  it lies one folder up
 
 SIZES = {"cifar10-nano, encoder": (256, 3, 17, 32), "cifar10-nano, decoder": (256, 2, 65, 32),
@@ -24,40 +23,31 @@ SIZES = {"cifar10-nano, encoder": (256, 3, 17, 32), "cifar10-nano, decoder": (25
 WAYS = {"fused": F.scaled_dot_product_attention, "formula": lambda q, k, v: attention_map(q, k) @ v}
 
 
-def synchronize(device):
-    """Wait for a GPU, so that a clock read next sees its work done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def milliseconds(size, dtype, device, rounds):
-    """The median time of each way, forward and backward."""
-    spent = {name: [] for name in WAYS}
-    for number in range(rounds + 2):  # the first two are to warm up
-        for name, attend in WAYS.items():
-            q, k, v = torch.randn(3, *size, dtype=dtype, device=device, requires_grad=True).unbind()
-            gradient = torch.ones_like(q)
-            synchronize(device)
-            begin = time.perf_counter()
-            attend(q, k, v).backward(gradient)
-            synchronize(device)
-            if number > 1:
-                spent[name].append(1000 * (time.perf_counter() - begin))
-    return {name: statistics.median(times) for name, times in spent.items()}
+def forward_and_backward(attend, size, dtype, device):
+    """A function that does both, on numbers of a size (batch, heads, tokens, width of a head)."""
+    q, k, v = torch.randn(3, *size, dtype=dtype, device=device, requires_grad=True).unbind()
+    gradient = torch.ones_like(q)
+    return lambda: attend(q, k, v).backward(gradient)
 
 
 def main():
-    """Measure every size in float32 and bfloat16 and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Measure every size in float32 and bfloat16, print a Markdown table, write the JSON."""
+    parser = common.parser(__doc__, rounds=7)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    print("| attention | size | precision | fused | formula | formula / fused |\n|---|---|---|---|---|---|")
+    device, rows = torch.device(options.device), []
+    print(f"{common.describe()}, median of {options.rounds}\n\n"
+          "| attention | size | precision | fused | formula | formula / fused |\n|---|---|---|---|---|---|")
     for name, size in SIZES.items():
         for dtype in (torch.float32, torch.bfloat16):
-            time_of = milliseconds(size, dtype, options.device, options.rounds)
-            print(f"| {name} | {size} | {str(dtype)[6:]} | {time_of['fused']:.1f} ms | {time_of['formula']:.1f} ms "
-                  f"| {time_of['formula'] / time_of['fused']:.2f} |")
+            ways = {way: forward_and_backward(attend, size, dtype, device) for way, attend in WAYS.items()}
+            seconds = common.take_turns(ways, options.rounds, device, warm_up=2)
+            row = {"name": name, "size": size, "precision": str(dtype).removeprefix("torch."),
+                   **{way: round(1000 * statistics.median(spent), 2) for way, spent in seconds.items()},
+                   "ratio": round(common.ratio(seconds["formula"], seconds["fused"]), 2)}
+            print(f"| {name} | {size} | {row['precision']} | {row['fused']:.1f} ms | {row['formula']:.1f} ms | {row['ratio']:.2f} |")
+            rows.append(row)
+    common.write(options.out, device=options.device, rounds=options.rounds, milliseconds=rows)
 
 
 if __name__ == "__main__":

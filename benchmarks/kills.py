@@ -5,7 +5,6 @@
 Models and images are tiny, so that most of an epoch is the writing of checkpoints, which many kills then hit.
 """
 
-import argparse
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from torchvision.io import write_png
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
+import common  # noqa: E402
 import data  # noqa: E402  it lies one folder up
 
 SIZES = ["--image-size", "8", "--patch-size", "2", "--dim", "16", "--depth", "3", "--heads", "2"]
@@ -34,8 +34,18 @@ def start(script, folder, out, epochs):
     """The script as a process of its own."""
     command = [sys.executable, script, *COMMANDS[script], "--data", str(folder), "--batch-size", "16", "--workers", "0",
                "--epochs", str(epochs), "--out", str(out)]
-    return subprocess.Popen(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def make_images(work):
+    """A folder of small shapes in two classes, below work."""
+    images, labels = data.make_shapes(160, "kills", side=8)
+    for number, (image, label) in enumerate(zip(images, labels)):
+        folder = work / "images" / ("test" if number % 4 == 0 else "train") / str(label.item() % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_png(image, str(folder / f"{number}.png"))
+    return work / "images"
 
 
 def epochs_done(out):
@@ -44,25 +54,36 @@ def epochs_done(out):
     return len([json.loads(line) for line in log.read_text().splitlines()]) if log.exists() else 0
 
 
+def next_epoch(process, out):
+    """Wait until the log has another line; the seconds that it took."""
+    before, begin = epochs_done(out), time.perf_counter()
+    while epochs_done(out) == before:
+        if process.poll() is not None:
+            raise SystemExit(f"ended on its own in {out}:\n{process.stderr.read()}")
+        time.sleep(0.002)
+    return time.perf_counter() - begin
+
+
 def survive(script, folder, work, kills, moments):
-    """Kill and restart `script` `kills` times; a record of what happened."""
-    out, whole, epochs = work / f"{script}-killed", work / f"{script}-whole", 8 * kills
+    """Kill and restart `script` `kills` times; a record of what happened.
+
+    Each process does two epochs and is killed at any moment of the next one, so that 5 for each kill are enough.
+    """
+    out, whole, epochs = work / f"{script}-killed", work / f"{script}-whole", 5 * kills
+    peaceful = start(script, folder, whole, epochs)
     hit = 0
     for _ in range(kills):
         process = start(script, folder, out, epochs)
-        before = epochs_done(out)
-        while epochs_done(out) == before:  # each process lives to do something
-            if process.poll() is not None:
-                raise SystemExit(f"{script} ended on its own:\n{process.stdout.read()}")
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        next_epoch(process, out)
+        time.sleep(moments.uniform(0, next_epoch(process, out)))
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise SystemExit(f"{script} had ended before it was killed, in {out}")
         hit += bool(list(out.glob("*.part")))
     reached = epochs_done(out)
-    for place in (out, whole):
-        if start(script, folder, place, epochs).wait():
-            raise SystemExit(f"{script} failed in {place}")
+    for process in (peaceful, start(script, folder, out, epochs)):
+        if process.wait():
+            raise SystemExit(f"{script} failed:\n{process.stderr.read()}")
     killed, peace = (torch.load(place / "model.pt", weights_only=True)["model"] for place in (out, whole))
     log = [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()]
     return {"script": script, "kills": kills, "while_writing": hit, "epochs": epochs, "epochs_at_last_kill": reached,
@@ -72,25 +93,18 @@ def survive(script, folder, work, kills, moments):
 
 def main():
     """Make the images, torment both scripts, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--kills", type=int, default=25, help="for each script")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=Path, help="directory for kills.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         work, moments = Path(place), random.Random(options.seed)
-        images, labels = data.make_shapes(160, "kills", side=8)
-        for number, (image, label) in enumerate(zip(images, labels)):
-            folder = work / "images" / ("test" if number % 4 == 0 else "train") / str(label.item() % 2)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_png(image, str(folder / f"{number}.png"))
-        rows = [survive(script, work / "images", work, options.kills, moments) for script in COMMANDS]
+        images = make_images(work)
+        rows = [survive(script, images, work, options.kills, moments) for script in COMMANDS]
     print("| script | SIGKILLs | of these while a file was written | weights as in peace | each epoch once in the log |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['script']} | {row['kills']} | {row['while_writing']} | {row['weights_identical']} | {row['log_has_each_epoch_once']} |")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "kills.json").write_text(json.dumps({"command": " ".join(sys.argv), "torch": torch.__version__, "rows": rows}, indent=2) + "\n")
+    common.write(options.out, rows=rows)
     sys.exit(0 if all(row["weights_identical"] and row["log_has_each_epoch_once"] for row in rows) else 1)
 
 

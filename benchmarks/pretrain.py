@@ -9,14 +9,10 @@ take turns, so that a machine that slows down slows down all; a ratio is the med
 Prints Markdown tables; with --out it writes OUT/pretrain.json too.
 """
 
-import argparse
 import collections
-import json
-import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli  # noqa: E402  these lie one folder up
+import cli  # noqa: E402  this and data.py lie one folder up,
+import common  # noqa: E402  these two here
 import data  # noqa: E402
-import engine  # noqa: E402
-import peers  # noqa: E402  and this one here
+import peers  # noqa: E402
 from deepmim import Config, DeepMIM  # noqa: E402
 
 OURS = {"ours, MAE": (12,), "ours, DeepMIM": (6, 8, 10, 12)}
@@ -42,20 +38,13 @@ KINDS = {  # of operations, by how their names begin
     "copies": ("copy_", "cat", "clone"), "sums and products": ("add", "sum", "mul", "div")}
 
 
-def synchronize(device):
-    """Wait for a GPU, so that a clock read next sees its work done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 class Trainee:
-    """A contestant with its optimiser, and one training step of it."""
+    """A contestant with its optimiser, and one training step of it; `changes` go over the Config of its name and size."""
 
-    def __init__(self, name, size, machine, found):
+    def __init__(self, name, size, machine, found, **changes):
         torch.manual_seed(0)
-        self.config, self.machine, self.ours = Config(**cli.MODELS[size], taps=OURS.get(name, (12,))), machine, name in OURS
+        self.config = Config(**{**cli.MODELS[size], "taps": OURS.get(name, (12,)), **changes})
+        self.machine, self.ours = machine, name in OURS
         self.model = (DeepMIM if self.ours else found[name])(self.config).to(machine.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
@@ -80,13 +69,13 @@ def measure(trainees, images, rounds, batch_size, machine):
         order = data.epoch_order(len(images), batch_size, 0, number)[:STEPS]
         begin = time.perf_counter()
         batches = [batch for batch, _ in images.batches(order, (0, number))]
-        synchronize(machine.device)
+        common.synchronize(machine.device)
         spent = {"loading": time.perf_counter() - begin}
         for name, trainee in trainees.items():
             begin = time.perf_counter()
             for key, batch in enumerate(batches):
                 trainee.step(batch, (number, key))
-            synchronize(machine.device)
+            common.synchronize(machine.device)
             spent[name] = time.perf_counter() - begin
         if number:
             for name, value in spent.items():
@@ -142,7 +131,7 @@ def product_rate(config, batch_size, machine):
         for _ in range(5):
             begin = time.perf_counter()
             x @ w.T, g @ w, g.T @ x
-            synchronize(machine.device)
+            common.synchronize(machine.device)
             times.append(time.perf_counter() - begin)
         spent += number * statistics.median(times)
         flops += number * 6 * rows * wide * out
@@ -162,21 +151,21 @@ def where_time_goes(trainee, images):
     return {kind: round(spent / sum(shares.values()), 3) for kind, spent in shares.most_common()}
 
 
-def peak_memory(name, size, batch_size, machine):
-    """Bytes that a step adds to a process at its peak; measured in a process of its own, but for GPUs, which count themselves."""
-    command = [sys.executable, __file__, "--only", name, "--sizes", size, "--batch-size", str(batch_size),
-               "--precision", str(machine.dtype).removeprefix("torch."), "--device", machine.device.type]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def peak_memory(batch_size, name, size, machine, found, **changes):
+    """Bytes that a step of this Trainee adds to a process at its peak; measured in a process of its own."""
+    return common.in_own_process(own_peak, batch_size, name, size, machine, found, changes)
 
 
-def print_own_peak(name, size, batch_size, machine):
-    """What peak_memory reads."""
-    images = torch.randn(batch_size, 3, cli.MODELS[size]["image_size"], cli.MODELS[size]["image_size"], device=machine.device)
+def own_peak(batch_size, name, size, machine, found, changes):
+    """The same, in this process; a GPU counts for itself."""
+    side = changes.get("image_size", cli.MODELS[size]["image_size"])
+    images = torch.randn(batch_size, 3, side, side, device=machine.device)
+    Trainee(name, "nano", machine, found)  # so that a peer's package is loaded, which is not a step's memory
     before = peak_resident(reset=True)
-    trainee = Trainee(name, size, machine, peers.available() if name not in OURS else {})
+    trainee = Trainee(name, size, machine, found, **changes)
     for _ in range(2):
         trainee.step(images)
-    print(torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else peak_resident() - before)
+    return torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else peak_resident() - before
 
 
 def peak_resident(reset=False):
@@ -207,8 +196,8 @@ def compare(size, options, machine):
     for name, trainee in trainees.items():
         middle = statistics.median(seconds[name])
         rows.append({"name": name, "images_per_second": round(options.batch_size / middle, 1),
-                     "times_our_mae": round(statistics.median(t / o for t, o in zip(seconds[name], seconds["ours, MAE"])), 3),
-                     "peak_mb": round(peak_memory(name, size, options.batch_size, machine) / 1e6)})
+                     "times_our_mae": round(common.ratio(seconds[name], seconds["ours, MAE"]), 3),
+                     "peak_mb": round(peak_memory(options.batch_size, name, size, machine, found) / 1e6)})
         if trainee.ours:
             flops, counted = step_flops(trainee.config, options.batch_size), counted_flops(trainee, batch)
             limit = product_rate(trainee.config, options.batch_size, machine)
@@ -216,8 +205,7 @@ def compare(size, options, machine):
                          "share_of_limit": round(flops / middle / limit, 3), "time": where_time_goes(trainee, batch),
                          "loading_share": round(statistics.median(seconds["loading"]) / middle, 4)}
 
-    print(f"\n{size}, {machine}, {os.cpu_count()} cores, torch {torch.__version__}, batch {options.batch_size}, "
-          f"median of {options.rounds} rounds of {STEPS} steps\n")
+    print(f"\n{size}, {common.describe(machine)}, batch {options.batch_size}, median of {options.rounds} rounds of {STEPS} steps\n")
     print("| step with AdamW | images/s | seconds, in those of our MAE | peak memory, MB |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['name']} | {row['images_per_second']:,} | {row['times_our_mae']:.2f} | {row['peak_mb']:,} |")
@@ -231,27 +219,14 @@ def compare(size, options, machine):
 
 def main():
     """Measure, print the tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.parser(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", choices=cli.MODELS, default=["nano"], help="nano: 96 wide, tiny: 192 wide, base: ViT-B/16")
-    parser.add_argument("--rounds", type=int, default=5, help=f"rounds of {STEPS} steps")
     parser.add_argument("--batch-size", type=int, default=256, help="images per step")
-    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="what engine.py chooses when not given")
-    parser.add_argument("--device", default=engine.best_device(), help="cuda, mps or cpu")
-    parser.add_argument("--only", help="print the peak memory of this contestant, in bytes, and do nothing else")
-    parser.add_argument("--out", type=Path, help="directory for pretrain.json")
+    common.add_machine_options(parser)
     options = parser.parse_args()
-    device = torch.device(options.device)
-    dtype = getattr(torch, options.precision) if options.precision else engine.mixed_precision(device)
-    machine = engine.Machine(device, 0, 1, dtype)
-    if options.only:
-        print_own_peak(options.only, options.sizes[0], options.batch_size, machine)
-        return
+    machine = common.machine_of(options)
     results = [compare(size, options, machine) for size in options.sizes]
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        result = {"command": " ".join(sys.argv), "machine": str(machine), "cores": os.cpu_count(), "processor": platform.machine(),
-                  "torch": torch.__version__, "rounds": options.rounds, "date": time.strftime("%Y-%m-%d"), "results": results}
-        (options.out / "pretrain.json").write_text(json.dumps(result, indent=2) + "\n")
+    common.write(options.out, machine=str(machine), rounds=options.rounds, results=results)
 
 
 if __name__ == "__main__":

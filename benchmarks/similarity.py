@@ -8,13 +8,10 @@ block as its features, and the same estimator. Rounds of the three take turns. T
 are timed too: nothing that computes CKA can be faster than they are.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli  # noqa: E402  these lie one folder up
+import common  # noqa: E402  but for this one
 import data  # noqa: E402
 from analyze import block_cka, block_features  # noqa: E402
 from deepmim import Config, ViT  # noqa: E402
@@ -66,35 +64,28 @@ def ways(first, second, images):
 
 def main():
     """Measure, compare the figures, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = common.parser(__doc__, rounds=1)
     parser.add_argument("--images", type=int, default=10_000, help="images, a multiple of 250")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds, of which the median counts")
-    parser.add_argument("--out", type=Path, help="directory for similarity.json")
     options = parser.parse_args()
     images = data.normalize(data.make_shapes(options.images, "benchmark")[0])
     functions = ways(encoder(0), encoder(1), images)
-    seconds, matrices = {name: [] for name in functions}, {}
-    for _ in range(options.rounds):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            matrices[name] = function()
-            seconds[name].append(time.perf_counter() - begin)
+    matrices = {}
 
+    def keep(name):
+        return lambda: matrices.update({name: functions[name]()})
+
+    seconds = common.take_turns({name: keep(name) for name in functions}, options.rounds, torch.device("cpu"), warm_up=0)
     ours = matrices["analyze.py"]
     rows = [{"name": name, "seconds": round(statistics.median(spent), 2),
-             "times_ours": round(statistics.median(other / own for other, own in zip(spent, seconds["analyze.py"])), 2),
+             "times_ours": round(common.ratio(spent, seconds["analyze.py"]), 2),
              "largest_difference": None if matrices[name] is None else (matrices[name] - ours).abs().max().item()}
             for name, spent in seconds.items()]
-    print(f"{options.images:,} images, batches of {BATCH}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    print(f"{options.images:,} images, batches of {BATCH}, float32, {common.describe()}, "
           f"median of {options.rounds}\n\n| 12 × 12 blocks, all tokens | seconds | times analyze.py's | largest difference |\n|---|---|---|---|")
     for row in rows:
         difference = "–" if row["largest_difference"] is None else f"{row['largest_difference']:.1e}"
         print(f"| {row['name']} | {row['seconds']} | {row['times_ours']} | {difference} |")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        result = {"command": " ".join(sys.argv), "torch": torch.__version__, "threads": torch.get_num_threads(),
-                  "images": options.images, "batch": BATCH, "rounds": options.rounds, "date": time.strftime("%Y-%m-%d"), "rows": rows}
-        (options.out / "similarity.json").write_text(json.dumps(result, indent=2) + "\n")
+    common.write(options.out, images=options.images, batch=BATCH, rounds=options.rounds, rows=rows)
 
 
 if __name__ == "__main__":

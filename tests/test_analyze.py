@@ -147,10 +147,24 @@ def test_attention_is_what_each_block_used():
     for block, (attention, values), output in zip(encoder.blocks, analyze.attention_of_blocks(encoder, images), outputs, strict=True):
         assert attention.shape == (4, 2, 17, 17)
         torch.testing.assert_close(attention.sum(-1), torch.ones(4, 2, 17))
-        tokens = tokens + block.attn.proj(values.transpose(1, 2).flatten(2))
+        tokens = tokens + values.sum(1) + block.attn.proj.bias
         tokens = tokens + block.mlp(block.norm2(tokens))
         torch.testing.assert_close(tokens, output, atol=1e-5, rtol=1e-5)
         tokens = output
+
+
+def test_what_heads_add_does_not_depend_on_the_axes_inside_a_head():
+    """Turned values of one head, turned back by the projection, are the same model."""
+    torch.manual_seed(0)
+    encoder, images = ViT(CONFIG).eval(), normal(4, 3, 8, 8).float()
+    before = [added for _, added in analyze.attention_of_blocks(encoder, images)]
+    rotation = torch.linalg.qr(normal(8, 8, seed=1))[0].float()
+    for block in encoder.blocks:
+        values, projection = block.attn.qkv.weight.data[32:40], block.attn.proj.weight.data[:, :8]  # of the first of two heads
+        values.copy_(rotation @ values)
+        projection.copy_(projection @ rotation.T)
+    for old, (_, new) in zip(before, analyze.attention_of_blocks(encoder, images), strict=True):
+        torch.testing.assert_close(old, new, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens, width", [("mean", 16), ("cls", 16), ("all", 17 * 16)])

@@ -1,5 +1,8 @@
 """Sources, decoding, augmentation: against direct definitions and files made here."""
 
+import os
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -224,6 +227,51 @@ def test_cifar10_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
     with pytest.raises(BadInput, match="--data shapes or --data DIR"):
         data.load("cifar10", 32)
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_cifar10_that_is_not_the_published_one_runs_nothing(tmp_path, monkeypatch):
+    """Its files are pickles; only those with the published checksums are opened."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{number}" for number in range(1, 6))):
+        (tmp_path / "data" / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(Trap(tmp_path / "ran")))
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", lambda *_, **__: None)
+    with pytest.raises(BadInput, match="--data cifar10"):
+        data.load("cifar10", 32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_picture_of_a_kind_that_other_programs_draw_is_refused(tmp_path, monkeypatch):
+    """Pillow would give EPS, whatever its name, to Ghostscript."""
+    drawn = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: drawn.append(1) or Image.new("RGB", (4, 4)).im)
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png", format="EPS")
+    with pytest.raises(BadInput, match="not an image"):
+        data.read_image(tmp_path / "0.png", 3)
+    assert not drawn
+
+
+def test_a_folder_that_cannot_be_read_is_refused(labelled, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BadInput, match="dog can't be looked into \\(Permission denied\\)"):
+        data.load(str(labelled), 32)
 
 
 def test_cifar10_in_place_is_read(tmp_path, monkeypatch):

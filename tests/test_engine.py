@@ -150,7 +150,9 @@ class Trap:
     lambda path: torch.save({"model": {"a": torch.ones(1)}}, path),
     lambda path: torch.save({"config": {"depht": 3}, "model": {}}, path),
     lambda path: torch.save({"config": {"depth": 0}, "model": {}}, path),
-], ids=["missing", "directory", "empty", "text", "code", "list", "no tensors", "other", "other config", "bad config"])
+    lambda path: torch.save({"model": {**DeepMIM(TINY).encoder.state_dict(), 1: torch.ones(1)}}, path),
+    lambda path: torch.save({"model": {**DeepMIM(TINY).encoder.state_dict(), "pos_embed": torch.ones(1, 0, 16)}}, path),
+], ids=["missing", "directory", "empty", "text", "code", "list", "no tensors", "other", "other config", "bad config", "no names", "no positions"])
 def test_bad_checkpoints_are_refused_and_run_nothing(tmp_path, make):
     make(tmp_path / "model.pt")
     with pytest.raises(BadInput, match="model.pt"):
@@ -201,10 +203,10 @@ def test_weights_that_do_not_fit_are_refused(spoil, words):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    engine.write(path, lambda temporary: temporary.write_text("old"))
+    engine.write(path, lambda file: file.write(b"old"))
 
-    def disk_full(temporary):
-        temporary.write_text("ne")
+    def disk_full(file):
+        file.write(b"ne")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(engine.RunFailed, match="No space left"):
@@ -253,7 +255,15 @@ def test_bad_options_are_named(monkeypatch, arguments, words):
         cli.config_from(parse(monkeypatch, *arguments))
 
 
-# ------------------------------------------------------------------------------------ precision
+# ---------------------------------------------------------------------------- precision, machines
+
+
+def test_losses_are_looked_at_after_each_step_where_a_look_is_free():
+    def looks(device):
+        machine = engine.Machine(torch.device(device), 0, 1, torch.float32)
+        return [step + 1 for step in range(25) if machine.looks(step, 25)]
+
+    assert looks("cpu") == list(range(1, 26)) and looks("cuda") == [10, 20, 25]
 
 
 def test_bfloat16_is_for_hardware_that_computes_in_it(monkeypatch):
@@ -268,3 +278,26 @@ def test_bfloat16_is_for_hardware_that_computes_in_it(monkeypatch):
 def test_json_is_written_as_json(tmp_path):
     engine.write_json(tmp_path / "a.json", {"a": [1, 2]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2]}
+
+
+# ----------------------------------------------------------------------------- checkpointed activations
+
+
+def test_checkpointed_activations_keep_less_and_change_no_gradient():
+    images, noise = torch.randn(4, 3, 8, 8), torch.rand(4, 16)
+    gradients, kept = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = DeepMIM(TINY)
+        names = list(model.state_dict())
+        if checkpointed:
+            engine.checkpoint_activations(model)
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.update({x.data_ptr(): x.numel()}) or x, lambda x: x):
+            loss = model(images, noise).loss
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        kept.append(sum(sizes.values()))
+        assert list(model.state_dict()) == names
+    assert all(map(torch.equal, *gradients))
+    assert kept[1] < kept[0] / 2
