@@ -48,7 +48,8 @@ FAILURES = {  # errors of torch's that no input explains: what it says, in part,
 
 def run(main):
     """Call main; end the process as a user expects: one line and status 2, 1, 130 or 143, or a quiet 0."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     on_signals(interrupt)
     status, message = outcome(main)
     on_signals(signal.SIG_IGN)
@@ -573,9 +574,11 @@ class Run:
     def finish_epoch(self, record, model, optimizer, scaler, content, result=False):
         """Write an epoch's files: model.pt with `content`, log.jsonl, result.json after the last one, and last.pt.
 
-        Raises RunFailed, with the files of the epoch before intact, where a weight is no number or a file can't be written.
+        Raises RunFailed, with the files of the epoch before intact, where a weight or a figure is no number or a file can't
+        be written.
         """
-        for name, value in model.state_dict().items():
+        figures = {name: torch.tensor(value) for name, value in record.items() if isinstance(value, float)}
+        for name, value in {**model.state_dict(), **figures}.items():
             if not value.isfinite().all():
                 raise RunFailed(f"epoch {self.epoch + 1}: {name} has become NaN or infinite; what was saved before is intact; "
                                 "try a lower --lr, a longer --warmup-epochs or --no-amp, with another --out")

@@ -6,36 +6,49 @@ Models and images are tiny, so that most of an epoch is the writing of checkpoin
 """
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 import common  # noqa: E402
-import data  # noqa: E402  it lies one folder up
+import data  # noqa: E402  it and what follows lie one folder up
+import engine  # noqa: E402
+import finetune  # noqa: E402
+import train  # noqa: E402
 
+PROCESSES = multiprocessing.get_context("forkserver")  # its processes have imported torch when they start, and so start fast
+PROCESSES.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot"])
+MAINS = {"train.py": train.main, "finetune.py": finetune.main}
 SIZES = ["--image-size", "8", "--patch-size", "2", "--dim", "16", "--depth", "3", "--heads", "2"]
 DECODER = ["--decoder-dim", "8", "--decoder-depth", "1", "--decoder-heads", "2", "--taps", "1,2,3"]
 COMMANDS = {"train.py": [*SIZES, *DECODER],
             "finetune.py": ["--scratch", *SIZES, "--drop-path", "0.2", "--mixup", "0.8", "--cutmix", "1", "--randaugment", "9", "--erasing", "0.3"]}
 
 
+def run_script(script, arguments):
+    """What a process does: the script, on one thread, and in silence unless it fails."""
+    sys.argv, sys.stdout = [script, *arguments], open(os.devnull, "w")
+    torch.set_num_threads(1)
+    engine.run(MAINS[script])
+
+
 def start(script, folder, out, epochs):
     """The script as a process of its own."""
-    command = [sys.executable, script, *COMMANDS[script], "--data", str(folder), "--batch-size", "16", "--workers", "0",
-               "--epochs", str(epochs), "--out", str(out)]
-    return subprocess.Popen(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)
+    arguments = [*COMMANDS[script], "--data", str(folder), "--batch-size", "16", "--workers", "0", "--epochs", str(epochs), "--out", str(out)]
+    process = PROCESSES.Process(target=run_script, args=(script, arguments))
+    process.start()
+    return process
 
 
 def make_images(work):
@@ -44,7 +57,7 @@ def make_images(work):
     for number, (image, label) in enumerate(zip(images, labels)):
         folder = work / "images" / ("test" if number % 4 == 0 else "train") / str(label.item() % 2)
         folder.mkdir(parents=True, exist_ok=True)
-        write_png(image, str(folder / f"{number}.png"))
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
     return work / "images"
 
 
@@ -58,8 +71,8 @@ def next_epoch(process, out):
     """Wait until the log has another line; the seconds that it took."""
     before, begin = epochs_done(out), time.perf_counter()
     while epochs_done(out) == before:
-        if process.poll() is not None:
-            raise SystemExit(f"ended on its own in {out}:\n{process.stderr.read()}")
+        if not process.is_alive():
+            raise SystemExit(f"ended on its own, in {out}")
         time.sleep(0.002)
     return time.perf_counter() - begin
 
@@ -77,13 +90,15 @@ def survive(script, folder, work, kills, moments):
         next_epoch(process, out)
         time.sleep(moments.uniform(0, next_epoch(process, out)))
         process.kill()
-        if process.wait() != -signal.SIGKILL:
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
             raise SystemExit(f"{script} had ended before it was killed, in {out}")
         hit += bool(list(out.glob("*.part")))
     reached = epochs_done(out)
     for process in (peaceful, start(script, folder, out, epochs)):
-        if process.wait():
-            raise SystemExit(f"{script} failed:\n{process.stderr.read()}")
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{script} failed, in {work}")
     killed, peace = (torch.load(place / "model.pt", weights_only=True)["model"] for place in (out, whole))
     log = [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()]
     return {"script": script, "kills": kills, "while_writing": hit, "epochs": epochs, "epochs_at_last_kill": reached,

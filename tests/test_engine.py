@@ -214,6 +214,34 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+# -------------------------------------------------------------------------------- how a script ends
+
+
+@pytest.mark.parametrize("text, line", [
+    ("CUDA out of memory. Tried to allocate 2.00 GiB.", "the memory is too small; --accumulate"),
+    ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.", "the memory is too small"),
+    ("[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer", "another process has ended"),
+    ("NCCL communicator was aborted on rank 1.", "another process has ended"),
+    ("DataLoader worker (pid 7) is killed by signal: Killed.", "a process that decodes images has ended"),
+])
+def test_known_failures_are_one_line(capsys, text, line):
+    def main():
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit) as end:
+        engine.run(main)
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and line in err and err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    def main():
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        engine.run(main)
+
+
 # -------------------------------------------------------------------------------------- options
 
 

@@ -453,6 +453,12 @@ def test_eval_on_other_classes_is_refused(call, pretrained, tmp_path):
     assert status == 2 and "knows blue, green, red" in err
 
 
+def test_a_figure_that_is_no_number_is_never_saved(call, pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "evaluate", lambda *_: {"val_loss": float("inf"), "val_accuracy": 0.5})
+    status, _, err = call("--init", pretrained, "--out", tmp_path)
+    assert status == 1 and "epoch 1: val_loss has become NaN or infinite" in err and not (tmp_path / "log.jsonl").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(call, pretrained, tmp_path, monkeypatch):
     forward, calls = finetune.Classifier.forward, []
 
