@@ -68,7 +68,7 @@ def test_a_run_leaves_model_log_result_and_picture(call, folder, tmp_path):
     status, out, _ = call(*TINY, *TAPS, "--data", folder, "--epochs", 3, "--out", tmp_path)
     assert status == 0 and "epoch 3/3" in out
     config, state = engine.load_model(tmp_path / "model.pt")
-    assert config == Config(8, 2, 3, 16, 3, 2, 8, 1, 2, (1, 2, 3))
+    assert config == Config(8, 2, 3, 16, 3, 2, 8, 1, 2, (1, 2, 3), norm_pix=False)  # as the preset says
     engine.load_weights(DeepMIM(config), state, "model.pt")
     lines = log(tmp_path)
     assert [line["epoch"] for line in lines] == [1, 2, 3]
