@@ -50,8 +50,9 @@ def run(main):
     """Call main; end the process as a user expects: one line and status 2, 1, 130 or 143, or a quiet 0."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # the name of a file need not be text
-    on_signals(interrupt)
-    status, message = outcome(main)
+    received = []
+    on_signals(functools.partial(interrupt, received))
+    status, message = outcome(main, received)
     on_signals(signal.SIG_IGN)
     if message and fails_first():
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -60,23 +61,23 @@ def run(main):
     sys.exit(status)
 
 
-def outcome(main):
-    """Call main; the exit status that its end means, and a line about it, None where all is well."""
+def outcome(main, received):
+    """Call main; the exit status that its end means, and a line about it, None where all is well.
+
+    Once a signal is received it is the reason, whatever it broke on its way: it reaches processes that decode images too.
+    """
     try:
         main()
         return 0, None
-    except BadInput as error:
-        return 2, str(error)
-    except RunFailed as error:
-        return 1, str(error)
-    except RuntimeError as error:
-        lines = [line for part, line in FAILURES.items() if part in str(error).lower()]
+    except (Exception, KeyboardInterrupt) as error:
+        if received or isinstance(error, KeyboardInterrupt):
+            return 128 + (received or [signal.SIGINT])[0], f"stopped; {GO_ON}"
+        if isinstance(error, (BadInput, RunFailed)):
+            return 2 if isinstance(error, BadInput) else 1, str(error)
+        lines = [line for part, line in FAILURES.items() if isinstance(error, RuntimeError) and part in str(error).lower()]
         if not lines:
             raise
         return 1, lines[0]
-    except KeyboardInterrupt as error:
-        number, = error.args or (signal.SIGINT,)
-        return 128 + number, f"stopped; {GO_ON}"
 
 
 def on_signals(handler):
@@ -85,10 +86,11 @@ def on_signals(handler):
         signal.signal(number, handler)
 
 
-def interrupt(number, frame):
-    """A signal handler: stop as Ctrl-C does, once; a second signal must not break into how the run ends."""
+def interrupt(received, number, frame):
+    """A signal handler: note the signal and stop as Ctrl-C does, once; a second one must not break into how the run ends."""
     on_signals(signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
+    received.append(number)
+    raise KeyboardInterrupt
 
 
 def fails_first():

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 import sys
 from argparse import Namespace
 
@@ -232,6 +234,20 @@ def test_known_failures_are_one_line(capsys, text, line):
         engine.run(main)
     err = capsys.readouterr().err
     assert end.value.code == 1 and line in err and err.count("\n") == 1
+
+
+def test_a_signal_is_the_reason_whatever_it_broke(capsys):
+    """As when it reaches a decoding process too, whose death torch reports while the signal is dealt with."""
+    def main():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        except KeyboardInterrupt:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    with pytest.raises(SystemExit) as end:
+        engine.run(main)
+    assert end.value.code == 143 and "stopped" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback():
