@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     received = []
-    on_signals(functools.partial(interrupt, received))
+    handler = functools.partial(interrupt, received, os.getpid())
+    on_signals(handler)
+    sys.unraisablehook = functools.partial(unheard, handler)
     status, message = outcome(main, received)
     on_signals(signal.SIG_IGN)
     if message and fails_first():
@@ -86,11 +89,25 @@ def on_signals(handler):
         signal.signal(number, handler)
 
 
-def interrupt(received, number, frame):
-    """A signal handler: note the signal and stop as Ctrl-C does, once; a second one must not break into how the run ends."""
+def interrupt(received, process, number, frame):
+    """A signal handler: note the signal and stop as Ctrl-C does, once; a second one must not break into how the run ends.
+
+    The processes that decode images inherit it, and leave Ctrl-C to `process`, which started them and ends them.
+    """
+    if os.getpid() != process:
+        return
     on_signals(signal.SIG_IGN)
     received.append(number)
     raise KeyboardInterrupt
+
+
+def unheard(handler, ignored):
+    """A sys.unraisablehook: Python drops what is raised in a destructor or while it forks; a signal among it comes again."""
+    if ignored.exc_type is KeyboardInterrupt:
+        on_signals(handler)
+        threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 def fails_first():

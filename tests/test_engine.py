@@ -1,11 +1,13 @@
 """Schedule, groups, checkpoints and options."""
 
+import contextlib
 import json
 import math
 import os
 import random
 import signal
 import sys
+import time
 from argparse import Namespace
 
 import pytest
@@ -248,6 +250,63 @@ def test_a_signal_is_the_reason_whatever_it_broke(capsys):
     with pytest.raises(SystemExit) as end:
         engine.run(main)
     assert end.value.code == 143 and "stopped" in capsys.readouterr().err
+
+
+class Dying:
+    """Something into whose destructor a signal falls."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+AT_FORK = []
+os.register_at_fork(before=lambda: AT_FORK and AT_FORK.pop()())  # can't be taken back, so it does nothing but once, on request
+
+
+def fork_under_a_signal():
+    AT_FORK.append(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    if os.fork() == 0:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("action", [Dying, fork_under_a_signal])
+def test_a_signal_that_python_drops_is_heard_all_the_same(capsys, action):
+    """As at the end or the start of the processes that decode images."""
+    def main():
+        action()
+        for _ in range(500):
+            time.sleep(0.01)
+
+    with pytest.raises(SystemExit) as end:
+        engine.run(main)
+    assert end.value.code == 143
+    err = capsys.readouterr().err
+    assert "stopped" in err and err.count("\n") == 1
+
+
+def test_what_is_dropped_else_keeps_its_traceback(capsys):
+    class Wrong:
+        def __del__(self):
+            raise ValueError("in a destructor")
+
+    with pytest.raises(SystemExit) as end:
+        engine.run(Wrong)
+    assert end.value.code == 0 and "ValueError: in a destructor" in capsys.readouterr().err
+
+
+def test_a_decoding_process_leaves_ctrl_c_to_its_parent():
+    def main():
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), signal.SIGINT)
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+
+    with pytest.raises(SystemExit) as end:
+        engine.run(main)
+    assert end.value.code == 0
 
 
 def test_a_bug_keeps_its_traceback():

@@ -421,7 +421,7 @@ def test_a_signal_while_a_file_is_written_leaves_no_part_of_it(tmp_path):
 def test_two_signals_in_a_terminal_end_with_its_line(tmp_path, script, number, status):
     """The second one, of an impatient user, comes while the first is dealt with."""
     images, out = picture_folder(tmp_path / "images", side=72), tmp_path / "out"
-    command = [sys.executable, script, *(DECODER if script == "train.py" else ["--scratch"]), *SIZES, *LARGE, "--data", images, "--out", out, "--workers", 0, "--batch-size", 5, "--epochs", 1000]
+    command = [sys.executable, script, *(DECODER if script == "train.py" else ["--scratch"]), *SIZES, *LARGE, "--data", images, "--out", out, "--workers", 1, "--batch-size", 5, "--epochs", 1000]
     process = subprocess.Popen([str(part) for part in command], cwd=HERE, start_new_session=True, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
     while not (out / "log.jsonl").exists():

@@ -275,6 +275,23 @@ def test_torchrun_trains_as_one_process_does(call, folder, tmp_path):
         assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
 
 
+def test_two_processes_go_on_from_what_one_began(call, folder, tmp_path, monkeypatch):
+    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 2, "--no-amp", "--device", "cpu"]
+    call(*arguments, "--out", tmp_path / "one")
+    train_epoch = train.train_epoch
+
+    def ends_in_the_second_epoch(*given):
+        if given[-1] == 1:
+            raise KeyboardInterrupt
+        return train_epoch(*given)
+
+    monkeypatch.setattr(train, "train_epoch", ends_in_the_second_epoch)
+    assert call(*arguments, "--out", tmp_path / "two")[0] == 130
+    assert "epoch 1/2" not in torchrun("train.py", *arguments, "--out", tmp_path / "two")
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
+
+
 def test_one_of_two_processes_killed_stops_the_other_and_one_alone_goes_on(call, folder, tmp_path):
     """Each process kills itself if it is the second and has done an epoch; the batch stays the same with one process."""
     (tmp_path / "dies.py").write_text("""
