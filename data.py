@@ -226,7 +226,8 @@ def read_image(path, channels):
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB" if channels == 3 else "L")
+    mode = "RGB" if channels == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 # ------------------------------------------------------------------------------------ the sources

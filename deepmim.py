@@ -123,7 +123,10 @@ def patchify(images, patch_size):
 
 
 def unpatchify(patches, patch_size):
-    """The exact inverse of patchify: patches (B, N, P·P·C) to square images (B, C, H, H)."""
+    """The exact inverse of patchify, as in MAE's code: patches (B, N, P·P·C) of any values to square images (B, C, H, H).
+
+    N must be a square number.
+    """
     side = round(patches.shape[1] ** 0.5)
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, w=side, p=patch_size, q=patch_size)
 
@@ -131,7 +134,7 @@ def unpatchify(patches, patch_size):
 def random_masking(noise, mask_ratio):
     """Choose the patches to hide: the int(N · (1 − mask_ratio)) with the smallest noise stay visible.
 
-    noise (B, N), usually uniform. Returns
+    noise (B, N), usually uniform in 0 … 1; mask_ratio between 0 and 1 (MAE, section 3: 0.75). Returns
       ids_keep     (B, V) the visible patches, by rising noise
       ids_restore  (B, N) where each patch stands in the order by noise; the inverse permutation
       mask         (B, N) float, 1 = hidden, 0 = visible
@@ -148,7 +151,7 @@ def random_masking(noise, mask_ratio):
 
 
 def take_patches(x, ids):
-    """From patches x (B, N, D) those at ids (B, V), in that order: (B, V, D)."""
+    """From patches x (B, N, D) those at ids (B, V) in 0 … N − 1, in that order: (B, V, D) (MAE, section 3: the encoder's input)."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
@@ -171,13 +174,16 @@ def sine_cosine_positions(dim, side):
 
 
 def attention_map(q, k):
-    """softmax(q kᵀ / √(D / heads)): who looks where, (B, heads, T, T), each row summing to 1."""
+    """softmax(q kᵀ / √(D / heads)): who looks where, (B, heads, T, T) in 0 … 1, each row summing to 1.
+
+    q, k (B, heads, T, D / heads), any values (Vaswani et al. 2017, equation 1).
+    """
     scale = q.shape[-1] ** -0.5
     return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 def attend(q, k, v):
-    """Softmax attention: q, k, v (B, heads, T, D / heads) to (B, heads, T, D / heads).
+    """Softmax attention (Vaswani et al. 2017): q, k, v (B, heads, T, D / heads) to averages of v, (B, heads, T, D / heads).
 
     PyTorch's fused kernel, except for bfloat16 on a CPU, where the formula written out is several
     times faster at the lengths of masked images (benchmarks/attention.py).
@@ -188,7 +194,10 @@ def attend(q, k, v):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, T, dim) to (B, T, dim). Names as in timm's `Attention`."""
+    """Multi-head self-attention (Vaswani et al. 2017), (B, T, dim) to (B, T, dim). Names as in timm's `Attention`.
+
+    heads must divide dim.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -197,16 +206,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split(self, x):
-        """The queries, keys and values of x (B, T, dim), each (B, heads, T, dim / heads)."""
+        """The queries, keys and values of x (B, T, dim), each (B, heads, T, dim / heads), in timm's order."""
         return rearrange(self.qkv(x), "b t (three heads d) -> three b heads t d", three=3, heads=self.heads)
 
     def forward(self, x):
-        q, k, v = self.split(x)
-        return self.proj(rearrange(attend(q, k, v), "b heads t d -> b t (heads d)"))
+        """Let each token of x (B, T, dim) gather from all others what its heads look for: (B, T, dim)."""
+        q, k, v = self.split(x)                                                # (B, heads, T, dim / heads) each
+        return self.proj(rearrange(attend(q, k, v), "b heads t d -> b t (heads d)"))  # (B, T, dim)
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside, (B, T, dim) to (B, T, dim)."""
+    """Two linear layers around a GELU, four times as wide inside, (B, T, dim) to (B, T, dim). Names as in timm's `Mlp`."""
 
     def __init__(self, dim):
         super().__init__()
@@ -214,11 +224,12 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
+        """Change each token of x (B, T, dim) by itself: (B, T, dim)."""
+        return self.fc2(F.gelu(self.fc1(x)))  # (B, T, 4·dim) inside
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block, (B, T, dim) to (B, T, dim). Names as in timm's `Block`.
+    """A pre-norm Transformer block (Dosovitskiy et al. 2020), (B, T, dim) to (B, T, dim). Names as in timm's `Block`.
 
     `drop_path` does nothing here: fine-tuning puts stochastic depth in its place.
     """
@@ -232,6 +243,7 @@ class Block(nn.Module):
         self.drop_path = nn.Identity()
 
     def forward(self, x):
+        """Add to tokens x (B, T, dim) what attention, then the MLP, makes of them: (B, T, dim)."""
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -248,7 +260,10 @@ def in_stream_precision(tokens):
 
 
 def init_weights(module):
-    """MAE's initialisation: Xavier uniform for matrices, with the patch projection seen as one; zero biases."""
+    """MAE's initialisation of a module's own weights: Xavier uniform for matrices (out, in), within ±√(6 / (in + out)); zero biases.
+
+    The patch projection is seen as a matrix, as in MAE's code. Other modules are left as they are.
+    """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.data.flatten(1))  # a view, so that it fills the weight itself
         nn.init.zeros_(module.bias)
@@ -269,6 +284,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
 
     def forward(self, patches):
+        """Patches (B, N, P·P·C), all or the visible ones, to tokens (B, N, dim)."""
         return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)
 
 
@@ -291,7 +307,10 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def embed(self, images, ids_keep=None):
-        """Images (B, C, H, H) to the tokens that enter the first block: (B, 1 + N, D), or (B, 1 + V, D) with ids_keep (B, V)."""
+        """Images (B, C, H, H), normalised, to the tokens that enter the first block: (B, 1 + N, D), or (B, 1 + V, D) with ids_keep (B, V).
+
+        Positions are added before patches are left out, as in MAE's code. Raises ValueError for images of another size.
+        """
         patches = patchify(images, self.patch_size)                  # (B, N, P·P·C)
         if patches.shape[1] != self.pos_embed.shape[1] - 1:
             raise ValueError(f"images have {patches.shape[1]} patches, the model positions for {self.pos_embed.shape[1] - 1}")
@@ -336,7 +355,10 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, tokens, ids_keep):
-        """Tokens (B, 1 + V, D) of the patches ids_keep (B, V) to a prediction of all patches, (B, N, P·P·C)."""
+        """Tokens (B, 1 + V, D) of the patches ids_keep (B, V) to a prediction of all patches, (B, N, P·P·C), of any values.
+
+        A learned mask token stands at every hidden place, and positions are added to all, as in MAE's code.
+        """
         tokens = self.embed(tokens)                                          # (B, 1 + V, d)
         batch, _, dim = tokens.shape
         cls_token, visible = tokens[:, :1], tokens[:, 1:]
@@ -361,7 +383,10 @@ def patch_statistics(patches):
 
 
 def pixel_targets(images, patch_size, norm_pix):
-    """x: the patches of images (B, C, H, H), (B, N, P·P·C); with norm_pix each by its own mean and deviation (MAE, section 3)."""
+    """x: the patches of images (B, C, H, H), (B, N, P·P·C); with norm_pix each by its own mean and deviation (MAE, section 3).
+
+    A normalised patch has mean 0 and deviation 1, a flat one is 0 throughout. Raises ValueError as patchify does.
+    """
     x = patchify(images, patch_size)
     if norm_pix:
         mean, deviation = patch_statistics(x)
@@ -372,8 +397,8 @@ def pixel_targets(images, patch_size, norm_pix):
 def hybrid_targets(x, x_hat, alphas):
     """t_i = α_i x + (1 − α_i) x̂, one per α: what intermediate decoder i is asked for (paper, hybrid targets).
 
-    x and x_hat (B, N, P·P·C) must be in one space, pixels or normalised patches. A small α asks for
-    the teacher's blurred x̂, which is easier; α = 1 asks for the image itself.
+    x and x_hat (B, N, P·P·C) must be in one space, pixels or normalised patches; each α in 0 … 1. A small
+    α asks for the teacher's blurred x̂, which is easier; α = 1 asks for the image itself. Returns a list of (B, N, P·P·C).
     """
     return [alpha * x + (1 - alpha) * x_hat for alpha in alphas]
 
@@ -384,17 +409,17 @@ def hybrid_targets(x, x_hat, alphas):
 def reconstruction_loss(prediction, target, mask):
     """Mean squared error on the hidden patches only, a scalar ≥ 0 (MAE, section 3).
 
-    prediction, target (B, N, P·P·C); mask (B, N), 1 = hidden.
+    prediction, target (B, N, P·P·C); mask (B, N), 1 = hidden, 0 = visible; NaN where nothing is hidden.
     """
     error = (prediction.to(target.dtype) - target).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
 
 def paint(prediction, images, mask, patch_size, norm_pix):
-    """A prediction (B, N, P·P·C) as pictures (B, C, H, H): predicted where hidden, the image where visible.
+    """A prediction (B, N, P·P·C) as pictures (B, C, H, H), normalised like images: predicted where hidden, the image where visible.
 
     A model with norm_pix predicts each patch only up to its mean and deviation, so that its raw
-    output looks like colourful noise. To be seen, it is given those of the image's own patch.
+    output looks like colourful noise. To be seen, it is given those of the image's own patch, as in MAE's demo.
     """
     patches = patchify(images, patch_size)
     prediction = prediction.to(patches.dtype)
@@ -454,12 +479,12 @@ class DeepMIM(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images, ids_keep):
-        """x̂ (B, N, P·P·C): the last decoder's prediction from the patches ids_keep (B, V), without gradients."""
+        """x̂ (B, N, P·P·C): the last decoder's prediction from the patches ids_keep (B, V), without gradients (paper, hybrid targets)."""
         return self.decoders[-1](self.encoder(images, ids_keep), ids_keep).to(images.dtype)
 
 
 def check_teacher(student, teacher):
-    """Raise BadInput unless the two Configs cut an image alike and predict in the same space."""
+    """Raise BadInput unless the two Configs cut an image alike and predict in the same space, which hybrid targets need."""
     for field in ("image_size", "patch_size", "channels", "norm_pix"):
         ours, theirs = getattr(student, field), getattr(teacher, field)
         if ours != theirs:

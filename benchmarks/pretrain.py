@@ -2,14 +2,17 @@
 
     pip install -r benchmarks/requirements.txt     # for the peers; without them only ours is measured
     python benchmarks/pretrain.py                  # preset cifar10-nano, batch 256
-    python benchmarks/pretrain.py --sizes nano tiny --precision float32 --rounds 5 --out results/speed
+    python benchmarks/pretrain.py --sizes nano tiny base --rounds 5 --out results/speed
 
 A step is forward, backward and AdamW; ours draws its masks from a seed in it, as train.py does. Rounds of all contestants
 take turns, so that a machine that slows down slows down all; a ratio is the median of those of each round.
+transformers also runs in float32, which is what its users get who ask for nothing else.
 Prints Markdown tables; with --out it writes OUT/pretrain.json too.
 """
 
+import argparse
 import collections
+import dataclasses
 import platform
 import resource
 import statistics
@@ -24,13 +27,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli  # noqa: E402  this and data.py lie one folder up,
+import cli  # noqa: E402  this, data.py and engine.py lie one folder up,
 import common  # noqa: E402  these two here
 import data  # noqa: E402
+import engine  # noqa: E402
 import peers  # noqa: E402
 from deepmim import Config, DeepMIM  # noqa: E402
 
 OURS = {"ours, MAE": (12,), "ours, DeepMIM": (6, 8, 10, 12)}
+BATCHES = {"nano": 256, "tiny": 256, "base": 8}  # images per step where none is given; the last in a few GB
+IN_FLOAT32 = "transformers in float32"
 STEPS = 3  # in a round
 KINDS = {  # of operations, by how their names begin
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"), "attention kernel": ("_scaled_dot_product",),
@@ -41,11 +47,12 @@ KINDS = {  # of operations, by how their names begin
 class Trainee:
     """A contestant with its optimiser, and one training step of it; `changes` go over the Config of its name and size."""
 
-    def __init__(self, name, size, machine, found, **changes):
+    def __init__(self, name, size, machine, found, compile=False, checkpoint_activations=False, **changes):
         torch.manual_seed(0)
         self.config = Config(**{**cli.MODELS[size], "taps": OURS.get(name, (12,)), **changes})
-        self.machine, self.ours = machine, name in OURS
+        self.ours, self.machine = name in OURS, dataclasses.replace(machine, dtype=torch.float32) if name == IN_FLOAT32 else machine
         self.model = (DeepMIM if self.ours else found[name])(self.config).to(machine.device).train()
+        engine.distribute(self.model, machine, argparse.Namespace(compile=compile, checkpoint_activations=checkpoint_activations))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
     def step(self, images, key=0):
@@ -184,28 +191,30 @@ def peak_resident(reset=False):
 
 def compare(size, options, machine):
     """Measure one size; print its tables; return its figures."""
-    image_size = cli.MODELS[size]["image_size"]
-    images = data.InMemory(*data.make_shapes(STEPS * options.batch_size, "benchmark", side=image_size), None, image_size, machine.device)
+    image_size, batch_size = cli.MODELS[size]["image_size"], options.batch_size or BATCHES[size]
+    images = data.InMemory(*data.make_shapes(STEPS * batch_size, "benchmark", side=image_size), None, image_size, machine.device)
     trainees = {name: Trainee(name, size, machine, {}) for name in OURS}
     found = peers.available()
+    if "transformers" in found and machine.dtype != torch.float32:
+        found[IN_FLOAT32] = found["transformers"]
     trainees |= {name: Trainee(name, size, machine, found) for name in found}
-    seconds = measure(trainees, images, options.rounds, options.batch_size, machine)
+    seconds = measure(trainees, images, options.rounds, batch_size, machine)
 
-    batch = next(images.batches([torch.arange(options.batch_size)]))[0]
+    batch = next(images.batches([torch.arange(batch_size)]))[0]
     rows = []
     for name, trainee in trainees.items():
         middle = statistics.median(seconds[name])
-        rows.append({"name": name, "images_per_second": round(options.batch_size / middle, 1),
+        rows.append({"name": name, "images_per_second": round(batch_size / middle, 1),
                      "times_our_mae": round(common.ratio(seconds[name], seconds["ours, MAE"]), 3),
-                     "peak_mb": round(peak_memory(options.batch_size, name, size, machine, found) / 1e6)})
+                     "peak_mb": round(peak_memory(batch_size, name, size, machine, found) / 1e6)})
         if trainee.ours:
-            flops, counted = step_flops(trainee.config, options.batch_size), counted_flops(trainee, batch)
-            limit = product_rate(trainee.config, options.batch_size, machine)
+            flops, counted = step_flops(trainee.config, batch_size), counted_flops(trainee, batch)
+            limit = product_rate(trainee.config, batch_size, machine)
             rows[-1] |= {"gigaflops_of_a_step": round(flops / 1e9, 1), "counted": round(counted / 1e9, 1), "limit_gflops": round(limit / 1e9),
                          "share_of_limit": round(flops / middle / limit, 3), "time": where_time_goes(trainee, batch),
                          "loading_share": round(statistics.median(seconds["loading"]) / middle, 4)}
 
-    print(f"\n{size}, {common.describe(machine)}, batch {options.batch_size}, median of {options.rounds} rounds of {STEPS} steps\n")
+    print(f"\n{size}, {common.describe(machine)}, batch {batch_size}, median of {options.rounds} rounds of {STEPS} steps\n")
     print("| step with AdamW | images/s | seconds, in those of our MAE | peak memory, MB |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['name']} | {row['images_per_second']:,} | {row['times_our_mae']:.2f} | {row['peak_mb']:,} |")
@@ -214,14 +223,14 @@ def compare(size, options, machine):
         parts = ", ".join(f"{kind} {share:.0%}" for kind, share in row["time"].items() if share >= 0.02)
         print(f"| {row['name']} | {row['gigaflops_of_a_step']} ({row['counted']}) | {row['limit_gflops']} | {row['share_of_limit']:.0%} "
               f"| {row['loading_share']:.1%} of the step | {parts} |")
-    return {"size": size, "batch_size": options.batch_size, "rows": rows}
+    return {"size": size, "batch_size": batch_size, "rows": rows}
 
 
 def main():
     """Measure, print the tables, write the JSON."""
     parser = common.parser(__doc__, rounds=5)
     parser.add_argument("--sizes", nargs="+", choices=cli.MODELS, default=["nano"], help="nano: 96 wide, tiny: 192 wide, base: ViT-B/16")
-    parser.add_argument("--batch-size", type=int, default=256, help="images per step")
+    parser.add_argument("--batch-size", type=int, help="images per step; 256 when not given, 8 for base")
     common.add_machine_options(parser)
     options = parser.parse_args()
     machine = common.machine_of(options)

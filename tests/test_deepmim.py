@@ -379,6 +379,53 @@ def test_any_sizes_that_fit_work(seed):
         assert (parameter.grad is not None and parameter.grad.isfinite().all()) != name.endswith("pos_embed"), name
 
 
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Simple functions in place of four that forward and the encoder call: how forward puts parts together is tested apart from them."""
+    def a_column_stays(noise, mask_ratio):
+        ids_keep = (noise[:, :1] * 4).long() + torch.arange(0, 16, 4)  # (B, 4)
+        return ids_keep, None, torch.ones(noise.shape).scatter(1, ids_keep, 0)
+
+    monkeypatch.setattr(deepmim, "patchify", lambda images, side: torch.nn.functional.unfold(images, side, stride=side).mT)
+    monkeypatch.setattr(deepmim, "random_masking", a_column_stays)
+    monkeypatch.setattr(deepmim, "hybrid_targets", lambda x, x_hat, alphas: [x_hat - 3 * alpha * x for alpha in alphas])
+    monkeypatch.setattr(deepmim, "reconstruction_loss", lambda p, t, mask: (p + 2 * t)[mask.bool()].sum())
+
+
+def test_forward_gives_each_decoder_its_tap_and_its_target(images, noise, stand_ins):
+    model, teacher = tiny(taps=(2, 3, 4), alphas=(0.25, 0.5)), tiny(taps=(4,), alphas=())
+    torch.nn.init.normal_(teacher.encoder.cls_token)
+    seen = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, given, result, name=name: seen.update({name: (given, result)}))
+    ids_keep, _, mask = deepmim.random_masking(noise, 0.75)
+    x = deepmim.pixel_targets(images, 2, True)
+    painted = teacher.reconstruct(images, ids_keep)
+    for given, targets in ((None, (x, x, x)), (teacher, (painted - 0.75 * x, painted - 1.5 * x, x))):
+        output = model(images, noise, given)
+        assert torch.equal(output.mask, mask) and len(output.predictions) == 3
+        for number, tap in enumerate(("encoder.blocks.1", "encoder.blocks.2", "encoder.norm")):
+            (tokens, ids), prediction = seen[f"decoders.{number}"]
+            assert torch.equal(tokens, seen[tap][1]) and torch.equal(ids, ids_keep)
+            assert torch.equal(output.predictions[number], prediction)
+            torch.testing.assert_close(output.losses[number], deepmim.reconstruction_loss(prediction, targets[number], mask))
+        torch.testing.assert_close(output.loss, output.losses.sum())
+
+
+def test_forward_leaves_the_teacher_alone_and_refuses_one_that_does_not_fit(images, noise, stand_ins):
+    student, teacher = tiny(), tiny(taps=(4,))
+    student(images, noise, teacher).loss.backward()
+    assert student.encoder.cls_token.grad is not None and all(p.grad is None for p in teacher.parameters())
+    with pytest.raises(BadInput, match="norm_pix"):
+        student(images, noise, tiny(taps=(4,), norm_pix=False))
+
+
+def test_forward_draws_a_mask_where_none_is_asked_for(images, stand_ins):
+    model = tiny()
+    masks = [model(images).mask for _ in range(3)]
+    assert masks[0].shape == (5, 16) and not (torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2]))
+
+
 @pytest.mark.parametrize("changes, words", [
     (dict(image_size=9), "image_size"), (dict(heads=3), "dim: 16 must be divisible by heads"),
     (dict(dim=18, heads=2), "divisible by 4"), (dict(decoder_heads=3), "decoder_dim"), (dict(depth=0), "depth"),

@@ -218,6 +218,89 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+# --------------------------------------------------------------------------------- runs on disk
+
+
+def small_run(path, rank=0):
+    """A run of a linear layer in path: (Run, model, optimiser, gradient scaler), where it stopped if it was begun before."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", enabled=False)
+    run = engine.Run(Namespace(out=path, resume=True, lr=0.1), engine.Machine(torch.device("cpu"), rank, 2, torch.float32))
+    run.restore(model, optimizer, scaler)
+    run.open()
+    return run, model, optimizer, scaler
+
+
+def two_epochs(path):
+    """Do what is left of two epochs in path; the weights that model.pt then holds."""
+    run, model, optimizer, scaler = small_run(path)
+    for epoch in range(run.epoch, 2):
+        optimizer.zero_grad()
+        model(torch.tensor([1.0, 2.0, epoch])).square().sum().backward()
+        optimizer.step()
+        content = {"model": model.state_dict()}
+        run.finish_epoch({"epoch": epoch + 1, "seconds": 1.5}, model, optimizer, scaler, content, result=epoch == 1)
+    return torch.load(path / "model.pt", weights_only=True)["model"]
+
+
+def assert_whole(path, found, expected):
+    """The run in path has the expected weights, each epoch once in its log, and its result."""
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"epoch": 1, "seconds": 1.5}, {"epoch": 2, "seconds": 1.5}]
+    assert json.loads((path / "result.json").read_text()) == {"epoch": 2, "seconds": 3.0, "options": {"lr": 0.1}}
+
+
+def test_a_run_cut_before_any_write_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    write, done = engine.write, []
+
+    def cut(*given, **named):
+        if len(done) == last:
+            raise KeyboardInterrupt
+        done.append(1)
+        write(*given, **named)
+
+    monkeypatch.setattr(engine, "write", cut)
+    last = None
+    expected = two_epochs(tmp_path / "whole")
+    assert_whole(tmp_path / "whole", expected, expected)
+    total = len(done)
+    assert total == 7  # three files an epoch, and the result
+    for stop in range(total):
+        done.clear()
+        last = stop
+        with pytest.raises(KeyboardInterrupt):
+            two_epochs(tmp_path / str(stop))
+        last = None
+        assert_whole(tmp_path / str(stop), two_epochs(tmp_path / str(stop)), expected)
+
+
+def test_a_run_goes_on_from_the_epoch_before_where_last_is_damaged(tmp_path):
+    expected = two_epochs(tmp_path)
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert small_run(tmp_path)[0].epoch == 1
+    assert_whole(tmp_path, two_epochs(tmp_path), expected)
+
+
+@pytest.mark.parametrize("place", ["bias", "loss"])
+def test_what_is_no_number_is_not_saved(tmp_path, place):
+    run, model, optimizer, scaler = small_run(tmp_path)
+    if place == "bias":
+        model.bias.data[0] = math.nan
+    record = {"epoch": 1, "loss": math.inf if place == "loss" else 1.0, "seconds": 1.5}
+    with pytest.raises(engine.RunFailed, match=place):
+        run.finish_epoch(record, model, optimizer, scaler, {})
+    assert not [path for path in tmp_path.iterdir() if path.name != "lock"]
+
+
+def test_one_process_of_several_writes(tmp_path):
+    for rank, written in ((1, False), (0, True)):
+        run, *parts = small_run(tmp_path, rank)
+        run.finish_epoch({"epoch": 1, "seconds": 1.5}, *parts, {})
+        assert run.epoch == 1 and (tmp_path / "last.pt").exists() == written
+
+
 # -------------------------------------------------------------------------------- how a script ends
 
 
