@@ -6,8 +6,9 @@
     python analyze.py reconstruct A.pt [--teacher T.pt]  # original, masked, each decoder's picture
     python analyze.py attention A.pt --block 12          # where the class token looks, head by head
     python analyze.py curves RUN [RUN …]                 # losses and accuracies of runs, overlaid
+    python analyze.py report RUNS                        # tables and figures of the study, see report.py
 
-Each writes DIR/<command>.png and DIR/<command>.json with the same numbers, --out DIR (default: figures).
+Each but report writes DIR/<command>.png and DIR/<command>.json with the same numbers, --out DIR (default: figures).
 A.pt is a model.pt of train.py or finetune.py, or a checkpoint of MAE's or timm's; reconstruct needs one with
 decoders, train.py's or MAE's. Images are held-out ones, in float32, unmasked but for reconstruct.
 """
@@ -25,6 +26,7 @@ from torch import nn
 import cli
 import data
 import engine
+import report
 from deepmim import BadInput, DeepMIM, ViT, attention_map, check_teacher, hybrid_targets, paint, pixel_targets
 from deepmim import random_masking
 
@@ -444,12 +446,18 @@ def parse_options():
             sub.add_argument("--heads", type=cli.number(int), help="attention heads, where neither a checkpoint nor its width tells")
         if name in ("reconstruct", "attention"):
             sub.add_argument("--rows", type=cli.number(int), default=8, help="images to draw")
+    sub = commands.add_parser("report", help="Tables and figures of the study, from the runs of results/study.sh.")
+    sub.add_argument("runs", type=Path, metavar="RUNS", help="directory of the study's runs, such as runs/study/small")
+    sub.add_argument("--out", type=Path, default=Path("results"), help="directory for study.json, study.md and the figures")
     return parser.parse_args()
 
 
 def main():
     """Compute what the command asks for, and write it as a picture and as numbers."""
     options = parse_options()
+    if options.command == "report":
+        print(report.write(options.runs, options.out))
+        return
     machine = None if options.command == "curves" else engine.single_machine(options.device)
     figure, numbers = COMMANDS[options.command](options, machine)
     picture, table = (options.out / f"{options.command}.{kind}" for kind in ("png", "json"))

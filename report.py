@@ -27,22 +27,13 @@ from deepmim import BadInput
 ARMS = {"scratch": "random weights", "mae": "MAE", "deepmim": "DeepMIM", "hybrid": "DeepMIM, hybrid",
         "mae-equal": "MAE, equal compute"}
 COMPARED = ("mae", "deepmim")  # the arms in figures
-COST, LOSS = "seconds per epoch", "last decoder's loss"
-COLUMNS = {COST: ".1f", LOSS: ".4f", "nearest neighbours, %": ".1f", "linear probe, %": ".1f"}  # fine-tuning comes behind them
+COST, LOSS, KNN, PROBE = "seconds per epoch", "last decoder's loss", "nearest neighbours, %", "linear probe, %"
+FIGURES = ("curves", "partial", "reinit", "cka", "cross-cka", "heads", "convergence")
+NUMBER = (int, float)
+PRETRAINING = {"epoch": int, "seconds": NUMBER, "losses": dict}  # what is read of a run's last figures, and of each epoch's
+TUNING = {"val_accuracy": NUMBER}, {"epoch": int, "train_loss": NUMBER, "val_loss": NUMBER, "val_accuracy": NUMBER}
 
 # ---------------------------------------------------------------------------------- from the disk
-
-
-def parse(path, text, wanted):
-    """The JSON object in a text that path holds, where each name of `wanted` has a value of its type; raises BadInput."""
-    try:
-        content = json.loads(text)
-        bad = [name for name, kind in wanted.items() if not isinstance(content[name], kind)]
-    except (ValueError, TypeError, KeyError) as error:
-        bad = [str(error) if isinstance(error, ValueError) else "no " + ", ".join(wanted)]
-    if bad:
-        raise BadInput(f"{path}: damaged ({bad[0]}); the command that wrote it, with --no-resume if it trains, makes it anew")
-    return content
 
 
 def read(path):
@@ -53,14 +44,34 @@ def read(path):
         raise BadInput(f"{path}: can't be read ({error})") from None
 
 
-def read_run(path, wanted):
-    """{"result": its result.json, None before its end, "log": its epochs so far}; None where no run is; raises BadInput."""
+def parse(path, text, use):
+    """use(the JSON in a text that path holds); raises BadInput where that can't be done."""
+    try:
+        return use(json.loads(text))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise BadInput(f"{path}: damaged ({reason}); the command that wrote it makes it anew, with --no-resume if it trains") from None
+
+
+def having(kinds):
+    """A function that gives back a JSON object if it has a value of the right type for each name in kinds."""
+    def check(content):
+        for name, kind in kinds.items():
+            if not isinstance(content[name], kind) or content[name] == {}:
+                raise ValueError(f"{name} is {content[name]}")
+        return content
+    return check
+
+
+def read_run(path, kinds, epoch_kinds):
+    """{"result": its result.json, None before its end, "log": its epochs so far}; None where no run is. Raises BadInput."""
     result, log = read(path / "result.json"), read(path / "log.jsonl")
     if result is None and log is None:
         return None
-    epoch = {"epoch": int, "seconds": (int, float), **({"losses": dict} if "losses" in wanted else {})}
-    return {"result": result and parse(path / "result.json", result, wanted),
-            "log": [parse(path / "log.jsonl", line, epoch) for line in (log or "").splitlines()]}
+    if kinds is PRETRAINING and not log:
+        raise BadInput(f"{path / 'log.jsonl'}: no epoch is in it; the log that train.py wrote beside result.json is needed")
+    return {"result": None if result is None else parse(path / "result.json", result, having(kinds)),
+            "log": [parse(path / "log.jsonl", line, having(epoch_kinds)) for line in (log or "").splitlines()]}
 
 
 def read_study(root):
@@ -71,8 +82,8 @@ def read_study(root):
     for path in sorted(root.iterdir()):
         arm, _, seed = path.name.rpartition("-")
         if path.is_dir() and seed.isdecimal() and (arm in ARMS or arm.startswith("taps-")):
-            runs = {"pretrain": read_run(path, {"epoch": int, "losses": dict, "options": dict})}
-            runs |= {below.name: read_run(below, {"val_accuracy": float}) for below in sorted(path.iterdir())}
+            runs = {"pretrain": read_run(path, PRETRAINING, PRETRAINING)}
+            runs |= {below.name: read_run(below, *TUNING) for below in path.iterdir()}
             if any(runs.values()):
                 study[arm, int(seed)] = {name: run for name, run in runs.items() if run}
     if not study:
@@ -80,26 +91,27 @@ def read_study(root):
     return study
 
 
+def probe_curves(content):
+    """[(kind, model's directory, {block: value})] of what analyze.py cka, cross-cka or heads wrote."""
+    names = {"cka": ["models"], "cross-cka": ["curves"], "heads": ["attention maps", "outputs"]}[content["command"]]
+    models = [Path(model).parent.name for model in content["from"]]
+    return [(content["command"] if name in ("models", "curves") else name, model,
+             dict(enumerate(values["with_last"] if name == "models" else values, start=1)))
+            for name in names for model, values in zip(models, content[name].values())]
+
+
 def read_probes(root):
-    """{(kind, arm, seed): {block: value}} of cka, cross-cka, attention maps and outputs; for two seeds of a method
-    (kind "seeds", arm, the first seed): a list of both ways. And the block of cross-cka, None without one."""
+    """{(kind, arm, seed): {block: value}}, and the block that cross-cka looked at or None; raises BadInput.
+
+    A kind is cka, cross-cka, attention maps, outputs or, for cross-cka of two seeds of one method, seeds.
+    """
     probes, block = {}, None
     for path in sorted(root.glob("compare-*/*.json")) + sorted(root.glob("seeds-*/cross-cka.json")):
-        content = parse(path, read(path), {"command": str, "from": list})
-        kinds = {"cka": {"cka": "models"}, "cross-cka": {"cross-cka": "curves"},
-                 "heads": {"attention maps": "attention maps", "outputs": "outputs"}}.get(content["command"], {})
-        for kind, name in kinds.items():
-            curves = parse(path, read(path), {name: dict})[name].values()
-            curves = [values["with_last"] if kind == "cka" else values for values in curves]
-            curves = [dict(enumerate(values, start=1)) for values in curves]
-            models = [Path(model).parent.name.rpartition("-") for model in content["from"]]
-            if kind == "cross-cka":
-                block = content["block"]
-            if path.parent.name.startswith("seeds-"):
-                arm, _, seed = models[0]
-                probes["seeds", arm, int(seed)] = curves
-            else:
-                probes |= {(kind, arm, int(seed)): values for (arm, _, seed), values in zip(models, curves)}
+        if path.stem == "cross-cka":
+            block = parse(path, read(path), lambda content: content["block"])
+        for kind, model, values in parse(path, read(path), probe_curves):
+            arm, _, seed = model.rpartition("-")
+            probes["seeds" if path.parent.name.startswith("seeds-") else kind, arm, int(seed)] = values
     return probes, block
 
 
@@ -107,274 +119,246 @@ def read_probes(root):
 
 
 def summary(values):
-    """{"mean", "spread", "n", "seeds"} of {seed: number}; one seed has no spread, and no seed no summary."""
-    numbers = list(values.values())
-    if not numbers:
-        return None
-    spread = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return {"mean": statistics.fmean(numbers), "spread": spread, "n": len(numbers), "seeds": values}
+    """{"mean", "spread", "n", "seeds"} of {seed: number}, of one at least; a single one has no spread."""
+    spread = statistics.stdev(values.values()) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values.values()), "spread": spread, "n": len(values), "seeds": values}
 
 
 def seconds(run):
     """Seconds per epoch of a run: the median, which an epoch that was held up doesn't move."""
-    return statistics.median(line["seconds"] for line in run["log"])
+    return statistics.median(epoch["seconds"] for epoch in run["log"])
 
 
 def equal_epochs(mae, deepmim):
-    """How many epochs of MAE cost what those of a finished DeepMIM run did, from the directories of both; raises BadInput."""
-    runs = [read_run(Path(path), {"epoch": int, "losses": dict}) for path in (mae, deepmim)]
+    """How many epochs of MAE cost what those of DeepMIM did, from the directories of two finished runs; raises BadInput."""
+    runs = [read_run(Path(path), PRETRAINING, PRETRAINING) for path in (mae, deepmim)]
     for path, run in zip((mae, deepmim), runs):
-        if not run or not run["result"] or not run["log"]:
+        if not run or not run["result"]:
             raise BadInput(f"{path}: no finished run of train.py; its seconds per epoch are needed")
     return max(1, round(runs[1]["result"]["epoch"] * seconds(runs[1]) / seconds(runs[0])))
 
 
-def finished(runs, name):
+def result(runs, name="pretrain"):
     """The result of one of an arm's runs, None before its end."""
     return runs.get(name, {}).get("result")
 
 
 def numbered(runs, kind):
-    """{N: accuracy in %} of an arm's finished runs kind-N."""
-    names = {name: name.removeprefix(kind + "-") for name in runs if name.startswith(kind + "-")}
-    return {int(number): 100 * finished(runs, name)["val_accuracy"] for name, number in sorted(names.items(), key=lambda n: int(n[1]))
-            if finished(runs, name)}
+    """{N: accuracy in %} of an arm's finished runs kind-N, in the order of N."""
+    numbers = [name.removeprefix(kind + "-") for name in runs if result(runs, name)]
+    return {number: 100 * result(runs, f"{kind}-{number}")["val_accuracy"] for number in sorted(int(n) for n in numbers if n.isdecimal())}
 
 
 def measures(runs):
     """{column of the tables: number} of what is finished of an arm; accuracies in %."""
-    values, result = {}, finished(runs, "pretrain")
-    if result:
-        values = {COST: seconds(runs["pretrain"]), LOSS: list(result["losses"].values())[-1]}
-    for name, column in (("knn", "nearest neighbours, %"), ("linear-probe", "linear probe, %")):
-        if finished(runs, name):
-            values[column] = 100 * finished(runs, name)["val_accuracy"]
-    return values | {f"{count:,} labels, %": value for count, value in numbered(runs, "finetune").items()}
+    values = {}
+    if result(runs):
+        values = {COST: seconds(runs["pretrain"]), LOSS: list(result(runs)["losses"].values())[-1]}
+    values |= {column: 100 * result(runs, name)["val_accuracy"] for name, column in (("knn", KNN), ("linear-probe", PROBE))
+               if result(runs, name)}
+    return values | {f"{labels:,} labels, %": value for labels, value in numbered(runs, "finetune").items()}
 
 
-def epochs_of(study, seed):
-    """For how many epochs a seed's arms were pre-trained, those of equal compute apart; None where none is finished."""
-    results = {arm: finished(study.get((arm, seed), {}), "pretrain") for arm in ("mae", "deepmim", "hybrid")}
-    epochs = {f"{arm}-{seed}": result["epoch"] for arm, result in results.items() if result}
+def length(study, arm, seed):
+    """The epochs that an arm of a seed counts as: its own or, for the one of equal compute, those of the arms that it is
+    compared with. None without pre-training. Raises BadInput where these differ among one another."""
+    if arm not in ARMS:
+        return (result(study[arm, seed]) or {}).get("epoch")
+    epochs = {f"{other}-{seed}": result(study.get((other, seed), {})) for other in ("mae", "deepmim", "hybrid")}
+    epochs = {name: found["epoch"] for name, found in epochs.items() if found}
     if len(set(epochs.values())) > 1:
-        raise BadInput(f"{', '.join(f'{arm} has {count} epochs' for arm, count in epochs.items())}; arms are compared at the same")
-    return next(iter(epochs.values()), None)
+        raise BadInput(f"epochs differ among runs of one seed that are compared: {epochs}")
+    return None if arm == "scratch" else next(iter(epochs.values()), None)
 
 
 def groups(study):
-    """{(arm, epochs): seeds}, in the order of the tables: only seeds that were pre-trained equally long are averaged."""
-    seeds = sorted({seed for arm, seed in study if arm in ARMS})
-    length = {seed: epochs_of(study, seed) for seed in seeds}
-    found = {("scratch", None): [seed for seed in seeds if ("scratch", seed) in study]}
-    for epochs in sorted(set(length.values()) - {None}, reverse=True):
-        for arm in list(ARMS)[1:]:
-            found[arm, epochs] = [seed for seed in seeds if length[seed] == epochs and (arm, seed) in study]
-    return {key: members for key, members in found.items() if members}
+    """{(arm, epochs): seeds} in the order of the tables; only seeds that were pre-trained equally long are averaged."""
+    found = {}
+    for arm, seed in study:
+        epochs = length(study, arm, seed)
+        if epochs or arm == "scratch":
+            found.setdefault((arm, epochs), []).append(seed)
+    places = {arm: place for place, arm in enumerate(ARMS)}
+    return dict(sorted(found.items(), key=lambda item: (
+        item[0][0] not in ARMS, item[0][0] != "scratch", -(item[0][1] or 0), places.get(item[0][0], len(item[0][0])), item[0][0])))
 
 
 def named(study, arm, epochs):
     """An arm in words, with its epochs where seeds differ in them."""
-    several = len({length for _, length in groups(study) if length}) > 1
+    several = len({count for other, count in groups(study) if other in COMPARED}) > 1
     return f"{ARMS[arm]}, {epochs} epochs" if several else ARMS[arm]
 
 
-def table(study):
-    """A list of rows for the main table: each arm, how long it was pre-trained, and a summary of each of its columns."""
+def table(study, arms, numbers):
+    """A row {"arm", "epochs", "columns": {column: summary}} for each group of these arms; numbers(arm, seed) are {column: number}."""
     rows = []
     for (arm, _), seeds in groups(study).items():
-        found = {seed: measures(study[arm, seed]) for seed in seeds}
-        results = [finished(study[arm, seed], "pretrain") for seed in seeds]
-        rows.append({"arm": ARMS[arm], "epochs": sorted({result["epoch"] for result in results if result}), "columns": gather(found)})
+        found = {seed: numbers(arm, seed) for seed in seeds} if arm in arms else {}
+        columns = dict.fromkeys(column for values in found.values() for column in values)
+        columns = {name: summary({seed: values[name] for seed, values in found.items() if name in values}) for name in columns}
+        epochs = {result(study[arm, seed])["epoch"] for seed in seeds if result(study[arm, seed])}
+        if columns:
+            rows.append({"arm": ARMS.get(arm) or ", ".join(arm.split("-")[1:]), "epochs": sorted(epochs), "columns": columns})
     return rows
 
 
-def differences(study):
-    """As table, but each arm's accuracies minus those of the MAE with the same seed, which share order, masks and start."""
-    rows = []
-    for (arm, epochs), seeds in groups(study).items():
-        both = {seed: (measures(study[arm, seed]), measures(study.get(("mae", seed), {}))) for seed in seeds}
-        found = {seed: {name: own[name] - mae[name] for name in own if name in mae and name not in (COST, LOSS)}
-                 for seed, (own, mae) in both.items()}
-        if arm not in ("scratch", "mae") and any(found.values()):
-            rows.append({"arm": ARMS[arm], "epochs": [epochs], "columns": gather(found)})
-    return rows
+def tables(study):
+    """All tables: the arms; their accuracies minus those of the MAE with the same seed, which shares order, masks and
+    start; the ablation of taps."""
+    def own(arm, seed):
+        return measures(study[arm, seed])
 
+    def margin(arm, seed):
+        mae = measures(study.get(("mae", seed), {}))
+        return {name: value - mae[name] for name, value in own(arm, seed).items() if name in mae and name not in (COST, LOSS)}
 
-def ablation(study):
-    """As table, for the runs with other taps."""
-    found = {key: runs for key, runs in study.items() if key[0].startswith("taps-")}
-    arms = sorted({arm for arm, _ in found}, key=lambda arm: [(len(taps), taps) for taps in [[int(n) for n in arm.split("-")[1:]]]])
-    return [{"arm": ", ".join(arm.split("-")[1:]),
-             "epochs": sorted({runs["pretrain"]["result"]["epoch"] for key, runs in found.items() if key[0] == arm and finished(runs, "pretrain")}),
-             "columns": gather({seed: measures(runs) for (name, seed), runs in found.items() if name == arm})} for arm in arms]
-
-
-def gather(found):
-    """{seed: {column: number}} to {column: summary}."""
-    names = dict.fromkeys(name for values in found.values() for name in values)
-    return {name: summary({seed: values[name] for seed, values in found.items() if name in values}) for name in names}
+    return {"arms": table(study, ARMS, own), "margins": table(study, ("deepmim", "hybrid", "mae-equal"), margin),
+            "ablation": table(study, [arm for arm, _ in study if arm not in ARMS], own)}
 
 
 # ------------------------------------------------------------------------------------ the figures
 
 
 def line(curves):
-    """A list of {x: y}, one for each seed, to one line: lists of x, of the mean, of the spread (None for one) and of n."""
-    places = sorted({x for curve in curves for x in curve})
-    points = [summary({number: curve[x] for number, curve in enumerate(curves) if x in curve}) for x in places]
+    """One line from {seed: {x: y}}: lists of x, of the mean, of the spread (None for one) and of n."""
+    places = sorted({x for curve in curves.values() for x in curve})
+    points = [summary({seed: curve[x] for seed, curve in curves.items() if x in curve}) for x in places]
     return {"x": places, **{name: [point[name] for point in points] for name in ("mean", "spread", "n")}}
 
 
-def over_seeds(study, curve, form="{}", pace=None):
-    """{name: line} of the arms in figures: curve(arm, seed) gives {x: y}, empty where it isn't there.
+def over_seeds(study, curve, form="{}"):
+    """{name: line} of the arms in figures: curve(arm, seed) gives {x: y}, empty where it isn't there."""
+    found = {(arm, epochs): {seed: curve(arm, seed) for seed in seeds}
+             for (arm, epochs), seeds in groups(study).items() if arm in COMPARED}
+    return {form.format(named(study, *key)): line(curves) for key, curves in found.items() if any(curves.values())}
 
-    pace(arm, seed) is how much of another quantity goes to one x, such as seconds to an epoch: then that is on the axis.
-    """
-    lines = {}
-    for (arm, epochs), seeds in groups(study).items():
-        found = [curve(arm, seed) for seed in seeds] if arm in COMPARED else []
-        if any(found):
-            own = line(found)
-            if pace:
-                each = statistics.fmean(pace(arm, seed) for seed, values in zip(seeds, found) if values)
-                own["x"] = [x * each for x in own["x"]]
-            lines[form.format(named(study, arm, epochs))] = own
-    return lines
+
+def against_hours(study, lines):
+    """Lines over epochs as lines over hours, by the mean of the seconds per epoch over seeds."""
+    pace = {named(study, arm, epochs): statistics.fmean(seconds(study[arm, seed]["pretrain"]) for seed in seeds) / 3600
+            for (arm, epochs), seeds in groups(study).items() if arm in COMPARED}
+    return {name: {**own, "x": [x * pace[name] for x in own["x"]]} for name, own in lines.items()}
 
 
 def figures(study, probes, block):
-    """{name: {"title", "panels"}} of all figures, each panel an (xlabel, ylabel, {name: line}); those without a line are left out."""
+    """{name of FIGURES: panels}, each panel (xlabel, ylabel, {name: line}); panels and figures without a line are left out."""
     labels = max((count for runs in study.values() for count in numbered(runs, "finetune")), default=0)
 
     def history(run, value):
-        return lambda arm, seed: {epoch["epoch"]: value(epoch) for epoch in study[arm, seed].get(run, {"log": []})["log"]}
+        return over_seeds(study, lambda *key: {epoch["epoch"]: value(epoch) for epoch in study[key].get(run, {"log": []})["log"]})
 
-    def blocks(kind):
-        return lambda arm, seed: probes.get((kind, arm, seed), {})
+    def accuracy(kind):
+        return over_seeds(study, lambda *key: numbered(study[key], kind))
 
-    def pace(arm, seed):
-        return seconds(study[arm, seed]["pretrain"]) / 3600
+    def blocks(kind, form="{}"):
+        return over_seeds(study, lambda *key: probes.get((kind, *key), {}), form)
 
-    tuned = f"finetune-{labels}"
-    loss = history("pretrain", lambda epoch: list(epoch["losses"].values())[-1])
-    kinds = {kind: (lambda arm, seed, kind=kind: numbered(study[arm, seed], kind)) for kind in ("partial", "reinit", "probe")}
-    across = over_seeds(study, blocks("cross-cka"), f"block {block} of {{}}")
-    for (kind, arm, seed), curves in probes.items():
-        if kind == "seeds":
-            across[f"{named(study, arm, epochs_of(study, seed))}, two seeds"] = line(curves)
-    accuracy = "accuracy, %"
+    tuning = [(f"{name}, {labels:,} labels", history(f"finetune-{labels}", value)) for name, value in {
+        "training loss, augmented": lambda epoch: epoch["train_loss"], "validation loss": lambda epoch: epoch["val_loss"],
+        "accuracy, %": lambda epoch: 100 * epoch["val_accuracy"]}.items()]
+    learning = [(LOSS, history("pretrain", lambda epoch: list(epoch["losses"].values())[-1])), (PROBE, accuracy("probe"))]
+    across = blocks("cross-cka", "{}, with the other method") | blocks("seeds", "{}, with another seed")
+    kinds = ("attention maps", "outputs")
     every = {
-        "curves": (f"fine-tuning with {labels:,} labels", [
-            ("epoch", "training loss, augmented", over_seeds(study, history(tuned, lambda epoch: epoch["train_loss"]))),
-            ("epoch", "validation loss", over_seeds(study, history(tuned, lambda epoch: epoch["val_loss"]))),
-            ("epoch", accuracy, over_seeds(study, history(tuned, lambda epoch: 100 * epoch["val_accuracy"])))]),
-        "partial": ("partial fine-tuning", [("trainable blocks", accuracy, over_seeds(study, kinds["partial"]))]),
-        "reinit": ("fine-tuning after the last blocks were started again", [("re-initialised blocks", accuracy, over_seeds(study, kinds["reinit"]))]),
-        "cka": ("CKA with the last block", [("block", "CKA with the last block", over_seeds(study, blocks("cka")))]),
-        "cross-cka": ("CKA across models; as a yardstick, across two seeds of one method", [("block of the other model", f"CKA of block {block}", across)]),
-        "heads": ("cosine similarity of pairs of heads; lower is more diverse", [
-            ("block", f"similarity of heads' {kind}", over_seeds(study, blocks(kind))) for kind in ("attention maps", "outputs")]),
-        "convergence": ("pre-training", [
-            (x, y, over_seeds(study, curve, pace=pace if x == "hours" else None))
-            for y, curve in ((LOSS, loss), ("linear probe, %", kinds["probe"])) for x in ("epoch", "hours")]),
+        "curves": [("epoch", *panel) for panel in tuning],
+        "partial": [("trainable blocks", "accuracy, %", accuracy("partial"))],
+        "reinit": [("re-initialised blocks", "accuracy, %", accuracy("reinit"))],
+        "cka": [("block", "CKA with the last block", blocks("cka"))],
+        "cross-cka": [("block of the other model", f"CKA of block {block}", across)],
+        "heads": [("block", f"similarity of heads' {kind}", blocks(kind)) for kind in kinds],
+        "convergence": [("epoch", *panel) for panel in learning]
+                       + [("hours", name, against_hours(study, own)) for name, own in learning],
     }
-    every = {name: (title, [panel for panel in panels if panel[2]]) for name, (title, panels) in every.items()}
-    return {name: {"title": title, "panels": panels} for name, (title, panels) in every.items() if panels}
+    every = {name: [panel for panel in panels if panel[2]] for name, panels in every.items()}
+    return {name: panels for name, panels in every.items() if panels}
 
 
-def draw(path, figure):
+def draw(path, panels):
     """Write one of the figures as a PNG: lines of means, with the spread over seeds as a band."""
-    panels = figure["panels"]
-    picture, axes = engine.plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
+    figure, axes = engine.plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
     for axis, (xlabel, ylabel, lines) in zip(axes[0], panels):
         for (name, own), style in zip(lines.items(), engine.line_styles()):
             axis.plot(own["x"], own["mean"], label=name, markevery=max(1, len(own["x"]) // 12), **style)
-            if any(own["spread"]):
-                ends = [(mean - (spread or 0), mean + (spread or 0)) for mean, spread in zip(own["mean"], own["spread"])]
-                axis.fill_between(own["x"], *zip(*ends), color=style["color"], alpha=0.2, linewidth=0)
+            spread = [value or 0 for value in own["spread"]]
+            axis.fill_between(own["x"], [m - s for m, s in zip(own["mean"], spread)], [m + s for m, s in zip(own["mean"], spread)],
+                              color=style["color"], alpha=0.2, linewidth=0)
         axis.set(xlabel=xlabel, ylabel=ylabel)
         if xlabel != "hours":
             axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend()
-    picture.suptitle(figure["title"], fontsize=9)
-    engine.write_figure(path, picture)
+    engine.write_figure(path, figure)
 
 
-# ------------------------------------------------------------------------------------ the report
+# ------------------------------------------------------------------------------------- the report
 
 
 def missing(study, probes, drawn):
-    """A list of lines that name what the tables and figures lack, as far as what is there tells what was planned."""
+    """What the tables and figures lack, a line each; what is there of other seeds and arms tells what was planned."""
     lines = []
     seeds = sorted({seed for arm, seed in study if arm in ARMS})
-    for keys in ([(arm, seed) for seed in seeds for arm in ARMS], [key for key in study if key[0] not in ARMS]):
-        tuned = {name for key in keys for name in study.get(key, {}) if name.startswith("finetune-")} or {"finetune-N"}
-        for arm, seed in keys:
-            runs = study.get((arm, seed), {})
-            wanted = ["pretrain"] * (arm != "scratch") + ["knn", "linear-probe", *sorted(tuned)]
-            if arm in COMPARED:  # the number of blocks is varied for some seeds only, but then for both methods
-                wanted += sorted({name for other in COMPARED for name in study.get((other, seed), {}) if name.startswith(("partial-", "reinit-"))})
-            wanted = [name for name in wanted if not finished(runs, name)]
-            state = [f"{name} (after epoch {len(runs[name]['log'])})" if name in runs else name for name in wanted]
-            if wanted:
-                lines.append(f"{arm}-{seed}: " + (", ".join(state) if runs else "everything"))
-        if not keys:
-            lines.append("the ablation of taps")
-    for seed in seeds:
-        kinds = [kind for kind in ("cka", "cross-cka", "attention maps", "outputs") if ("mae", seed) in study and (kind, "mae", seed) not in probes]
-        lines += [f"compare-{seed}: {', '.join(kinds)}"] if kinds else []
-    lines += [f"seeds-{arm}: cross-cka of two seeds" for arm in COMPARED if not any(key[:2] == ("seeds", arm) for key in probes)]
-    return lines + [f"study-{name}.png: nothing to draw" for name in ("curves", "partial", "reinit", "cka", "cross-cka", "heads") if name not in drawn]
+    for arm, seed in [(arm, seed) for seed in seeds for arm in ARMS] + [key for key in study if key[0] not in ARMS]:
+        runs = study.get((arm, seed), {})
+        peers = [others for (other, _), others in study.items() if (other in ARMS) == (arm in ARMS)]
+        tuned = {name for others in peers for name in others if name.startswith("finetune-")} or {"finetune-N"}
+        varied = [name for other in COMPARED for name in study.get((other, seed), {}) if name.startswith(("partial-", "reinit-"))]
+        wanted = [*["pretrain"] * (arm != "scratch"), "knn", "linear-probe", *sorted(tuned), *sorted(set(varied)) * (arm in COMPARED)]
+        states = [f"{name} (after epoch {len(runs[name]['log'])})" if name in runs else name
+                  for name in wanted if not result(runs, name)]
+        lines += [f"{arm}-{seed}: " + (", ".join(states) if runs else "everything")] if states else []
+        kinds = [kind for kind in ("cka", "cross-cka", "attention maps") if arm in COMPARED and (kind, arm, seed) not in probes]
+        lines += [f"compare-{seed}: {', '.join(kinds)} of {arm}"] if kinds else []
+    lines += [f"seeds-{arm}: two seeds of one method" for arm in COMPARED if ("seeds", arm) not in {key[:2] for key in probes}]
+    lines += [] if any(arm not in ARMS for arm, _ in study) else ["taps-…: the ablation"]
+    return lines + [f"study-{name}.png: nothing to draw" for name in FIGURES if name not in drawn]
 
 
 def markdown(rows, first, sign=""):
-    """A Markdown table of rows as table gives them; first heads its first column, sign "+" shows signs."""
-    found = dict.fromkeys(name for row in rows for name in row["columns"])
-    tuned = sorted((name for name in found if name not in COLUMNS), key=lambda name: int(name.split()[0].replace(",", "")))
-    columns = {name: form for name, form in {**COLUMNS, **dict.fromkeys(tuned, ".1f")}.items() if name in found}
+    """A Markdown table of rows as table gives them; first heads its first column, and with sign "+" numbers have signs."""
+    found = {column for row in rows for column in row["columns"]}
+    tuned = sorted(found - {COST, LOSS, KNN, PROBE}, key=lambda column: (len(column), column))  # so by the number of labels
+    columns = [column for column in (COST, LOSS, KNN, PROBE, *tuned) if column in found]
 
-    def cell(value, form):
+    def cell(column, value):
+        form = ".4f" if column == LOSS else ".1f"
         if value is None:
             return "–"
-        spread = "" if value["spread"] is None else f" ± {value['spread']:{form}}"
-        return f"{value['mean']:{sign}{form}}{spread} (n = {value['n']})"
+        return f"{value['mean']:{sign}{form}}" + (f" ± {value['spread']:{form}}" if value["n"] > 1 else "") + f" (n = {value['n']})"
 
     lines = [[first, "epochs", *columns], ["---"] * (2 + len(columns))]
-    lines += [[row["arm"], ", ".join(map(str, row["epochs"])) or "–", *(cell(row["columns"].get(name), form) for name, form in columns.items())]
+    lines += [[row["arm"], ", ".join(map(str, row["epochs"])) or "–", *(cell(name, row["columns"].get(name)) for name in columns)]
               for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def write(root, out):
-    """Write study.json, study.md and a study-<name>.png for each figure into out; gives a line that says so. Raises BadInput."""
-    study = read_study(root)
-    probes, block = read_probes(root)
-    drawn = figures(study, probes, block)
-    tables = {"arms": table(study), "differences": differences(study), "ablation": ablation(study)}
+    """Write study.json, study.md and the figures study-NAME.png into a directory; gives a line that says so. Raises BadInput."""
+    study, (probes, block) = read_study(root), read_probes(root)
+    drawn, numbers = figures(study, probes, block), tables(study)
     lacking = missing(study, probes, drawn)
-    text = ["# The study in numbers", f"Written by `python analyze.py report {root}`: mean ± sample standard deviation over n seeds.",
-            markdown(tables["arms"], "pre-training")]
-    if tables["differences"]:
-        text += ["Accuracy minus that of the MAE with the same seed, in points:", markdown(tables["differences"], "pre-training", "+")]
-    if tables["ablation"]:
-        text += ["Decoders after other blocks:", markdown(tables["ablation"], "taps")]
-    text += [f"![{figure['title']}](study-{name}.png)" for name, figure in drawn.items()]
-    text += ["Missing:", "\n".join(f"- {entry}" for entry in lacking)] if lacking else []
+    parts = ["# The study in numbers",
+             f"Written by `python analyze.py report {root}`. Means over n seeds ± sample standard deviation; accuracies are the "
+             "last epoch's, on the test images.", markdown(numbers["arms"], "pre-training")]
+    if numbers["margins"]:
+        parts += ["Accuracy minus that of the MAE with the same seed, in points:", markdown(numbers["margins"], "pre-training", "+")]
+    if numbers["ablation"]:
+        parts += ["With decoders after other blocks:", markdown(numbers["ablation"], "taps")]
+    parts += [f"![{name}](study-{name}.png)" for name in drawn]
+    parts += ["Missing:", "\n".join(f"- {entry}" for entry in lacking)] if lacking else []
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out: {out} can't be written to as a directory ({error.strerror})") from None
-    for name, figure in drawn.items():
-        draw(out / f"study-{name}.png", figure)
-    engine.write(out / "study.md", lambda file: file.write(("\n\n".join(text) + "\n").encode()))
-    engine.write_json(out / "study.json", {"from": str(root), **tables, "figures": drawn, "missing": lacking})
-    return f"{out / 'study.md'}, {out / 'study.json'} and {len(drawn)} figures" + (f"; {len(lacking)} lines say what is missing" if lacking else "")
+    for name, panels in drawn.items():
+        draw(out / f"study-{name}.png", panels)
+    engine.write(out / "study.md", lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
+    engine.write_json(out / "study.json", {"from": str(root), **numbers, "figures": drawn, "missing": lacking})
+    return f"{out / 'study.md'}, study.json and {len(drawn)} figures; missing: {len(lacking) or 'nothing'}"
 
 
 def main():
     """Print how many epochs of MAE cost what DeepMIM's did."""
     if len(sys.argv) != 3:
-        raise BadInput("two runs are needed: report.py runs/study/small/mae-0 runs/study/small/deepmim-0")
+        raise BadInput("two runs are needed: python report.py runs/study/small/mae-0 runs/study/small/deepmim-0")
     print(equal_epochs(*sys.argv[1:]))
 
 

@@ -17,16 +17,15 @@ import engine
 import exercises
 import finetune
 import train
-import tutorial
 from deepmim import Config, DeepMIM, ViT
 
 HERE = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "TUTORIAL.md", "EXERCISES.md")
-MAINS = {f"{module.__name__}.py": module.main for module in (train, finetune, analyze, tutorial, exercises)}
+MAINS = {f"{module.__name__}.py": module.main for module in (train, finetune, analyze, exercises)}
 COMMAND = re.compile(r"(?:python|torchrun (?:--[\w=-]+ )+)\s*((?:train|finetune|analyze|tutorial|exercises)\.py|benchmarks/\w+\.py)([^#`|\n]*)")
 ENCODER = ["--dim", "16", "--heads", "2"]
 DECODER = ["--decoder-dim", "8", "--decoder-heads", "2", "--decoder-depth", "1"]
-BRIEF = ["--epochs", "1", "--warmup-epochs", "0", "--limit", "40", "--batch-size", "20", "--workers", "0", "--device", "cpu"]
+BRIEF = ["--epochs", "1", "--warmup-epochs", "0", "--limit", "20", "--batch-size", "10", "--workers", "0", "--device", "cpu"]
 
 
 def text_of(document):
@@ -109,7 +108,7 @@ def shapes_run(run, place):
 
 @pytest.mark.parametrize("document", ["README.md", "TUTORIAL.md"])
 def test_every_command_works(run, shapes_run, capsys, document):
-    """Those of EXERCISES.md are parsed in test_exercises.py."""
+    """Those of EXERCISES.md are parsed in test_exercises.py, tutorial.py runs in test_tutorial.py."""
     found = [(script, arguments) for script, arguments in commands(document) if script in MAINS and (script, arguments) != ("train.py", [])]
     assert found
     for script, arguments in found:
@@ -118,10 +117,10 @@ def test_every_command_works(run, shapes_run, capsys, document):
         assert status == 0, f"{script} {' '.join(arguments)}\n{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "results/speed/README.md"])
 def test_every_benchmark_has_the_options_that_are_named(document):
     for script, arguments in commands(document):
-        if script not in MAINS:
+        if script.startswith("benchmarks/"):
             source = (HERE / script).read_text() + (HERE / "benchmarks/common.py").read_text()
             assert not [word for word in arguments if word.startswith("--") and f'"{word}"' not in source], (script, arguments)
 
@@ -150,11 +149,12 @@ def test_every_snippet_works(shapes_run, place, monkeypatch, snippet):
         engine.load_weights(names["mae"].encoder, torch.load("mae_visualize_vit_base.pth", weights_only=True)["model"], "MAE's")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "results/speed/README.md"])
 def test_what_is_named_is_there(document):
-    text = text_of(document)
-    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
-    assert not [link for link in links if not (HERE / link).exists()]
+    text, folder = text_of(document), (HERE / document).parent
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", prose) if "://" not in link]
+    assert not [link for link in links if not (folder / link).exists()]
     tests = "".join(path.read_text() for path in (HERE / "tests").glob("test_*.py"))
     assert not [name for name in re.findall(r"\b(test_\w+)\b(?!\.py)", text) if f"def {name}(" not in tests]
 
