@@ -309,7 +309,7 @@ class ViT(nn.Module):
     def embed(self, images, ids_keep=None):
         """Images (B, C, H, H), normalised, to the tokens that enter the first block: (B, 1 + N, D), or (B, 1 + V, D) with ids_keep (B, V).
 
-        Positions are added before patches are left out, as in MAE's code. Raises ValueError for images of another size.
+        Each visible patch keeps the position of its place in the image (MAE, section 3). Raises ValueError for images of another size.
         """
         patches = patchify(images, self.patch_size)                  # (B, N, P·P·C)
         if patches.shape[1] != self.pos_embed.shape[1] - 1:
@@ -419,7 +419,7 @@ def paint(prediction, images, mask, patch_size, norm_pix):
     """A prediction (B, N, P·P·C) as pictures (B, C, H, H), normalised like images: predicted where hidden, the image where visible.
 
     A model with norm_pix predicts each patch only up to its mean and deviation, so that its raw
-    output looks like colourful noise. To be seen, it is given those of the image's own patch, as in MAE's demo.
+    output looks like noise. To be seen, it is given those of the image's own patch, and with them its brightness.
     """
     patches = patchify(images, patch_size)
     prediction = prediction.to(patches.dtype)

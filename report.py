@@ -28,7 +28,16 @@ ARMS = {"scratch": "random weights", "mae": "MAE", "deepmim": "DeepMIM", "hybrid
         "mae-equal": "MAE, equal compute"}
 COMPARED = ("mae", "deepmim")  # the arms in figures
 COST, LOSS, KNN, PROBE = "seconds per epoch", "last decoder's loss", "nearest neighbours, %", "linear probe, %"
-FIGURES = ("curves", "partial", "reinit", "cka", "cross-cka", "heads", "convergence")
+FIGURES = {  # name: caption
+    "curves": "Fine-tuning: training loss, validation loss and accuracy.",
+    "partial": "Partial fine-tuning: only the last K blocks and the head are trained.",
+    "reinit": "Fine-tuning after the last K blocks were started again from random weights.",
+    "cka": "CKA of every block with the last.",
+    "cross-cka": "CKA of one block with every block of the other method's model and, as a yardstick, of the model of another "
+                 "seed; the yardstick's band is over its two ways.",
+    "heads": "Cosine similarity of pairs of heads; lower is more diverse.",
+    "convergence": "Pre-training over epochs and over hours.",
+}
 NUMBER = (int, float)
 PRETRAINING = {"epoch": int, "seconds": NUMBER, "losses": dict}  # what is read of a run's last figures, and of each epoch's
 TUNING = {"val_accuracy": NUMBER}, {"epoch": int, "train_loss": NUMBER, "val_loss": NUMBER, "val_accuracy": NUMBER}
@@ -50,7 +59,7 @@ def parse(path, text, use):
         return use(json.loads(text))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise BadInput(f"{path}: damaged ({reason}); the command that wrote it makes it anew, with --no-resume if it trains") from None
+        raise BadInput(f"{path}: damaged ({reason}); what wrote it makes it anew, with --no-resume if it trains") from None
 
 
 def having(kinds):
@@ -146,7 +155,8 @@ def result(runs, name="pretrain"):
 def numbered(runs, kind):
     """{N: accuracy in %} of an arm's finished runs kind-N, in the order of N."""
     numbers = [name.removeprefix(kind + "-") for name in runs if result(runs, name)]
-    return {number: 100 * result(runs, f"{kind}-{number}")["val_accuracy"] for number in sorted(int(n) for n in numbers if n.isdecimal())}
+    numbers = sorted(int(number) for number in numbers if number.isdecimal())
+    return {number: 100 * result(runs, f"{kind}-{number}")["val_accuracy"] for number in numbers}
 
 
 def measures(runs):
@@ -156,7 +166,7 @@ def measures(runs):
         values = {COST: seconds(runs["pretrain"]), LOSS: list(result(runs)["losses"].values())[-1]}
     values |= {column: 100 * result(runs, name)["val_accuracy"] for name, column in (("knn", KNN), ("linear-probe", PROBE))
                if result(runs, name)}
-    return values | {f"{labels:,} labels, %": value for labels, value in numbered(runs, "finetune").items()}
+    return values | {f"fine-tuned, {labels:,} labels, %": value for labels, value in numbered(runs, "finetune").items()}
 
 
 def length(study, arm, seed):
@@ -190,7 +200,7 @@ def named(study, arm, epochs):
 
 
 def table(study, arms, numbers):
-    """A row {"arm", "epochs", "columns": {column: summary}} for each group of these arms; numbers(arm, seed) are {column: number}."""
+    """A row {"arm", "epochs", "columns": {column: summary}} for each group of these arms; numbers(arm, seed): {column: number}."""
     rows = []
     for (arm, _), seeds in groups(study).items():
         found = {seed: numbers(arm, seed) for seed in seeds} if arm in arms else {}
@@ -301,7 +311,8 @@ def missing(study, probes, drawn):
         peers = [others for (other, _), others in study.items() if (other in ARMS) == (arm in ARMS)]
         tuned = {name for others in peers for name in others if name.startswith("finetune-")} or {"finetune-N"}
         varied = [name for other in COMPARED for name in study.get((other, seed), {}) if name.startswith(("partial-", "reinit-"))]
-        wanted = [*["pretrain"] * (arm != "scratch"), "knn", "linear-probe", *sorted(tuned), *sorted(set(varied)) * (arm in COMPARED)]
+        wanted = ["pretrain"] * (arm != "scratch") + ["knn", "linear-probe", *sorted(tuned)]
+        wanted += sorted(set(varied)) if arm in COMPARED else []
         states = [f"{name} (after epoch {len(runs[name]['log'])})" if name in runs else name
                   for name in wanted if not result(runs, name)]
         lines += [f"{arm}-{seed}: " + (", ".join(states) if runs else "everything")] if states else []
@@ -337,12 +348,13 @@ def write(root, out):
     lacking = missing(study, probes, drawn)
     parts = ["# The study in numbers",
              f"Written by `python analyze.py report {root}`. Means over n seeds ± sample standard deviation; accuracies are the "
-             "last epoch's, on the test images.", markdown(numbers["arms"], "pre-training")]
+             "last epoch's, on the test images. Bands in figures are the same spread.", markdown(numbers["arms"], "pre-training")]
     if numbers["margins"]:
-        parts += ["Accuracy minus that of the MAE with the same seed, in points:", markdown(numbers["margins"], "pre-training", "+")]
+        parts += ["Accuracy minus that of the MAE with the same seed, in points:",
+                  markdown(numbers["margins"], "pre-training", "+")]
     if numbers["ablation"]:
         parts += ["With decoders after other blocks:", markdown(numbers["ablation"], "taps")]
-    parts += [f"![{name}](study-{name}.png)" for name in drawn]
+    parts += [f"![{FIGURES[name]}](study-{name}.png)\n\n*{FIGURES[name]}*" for name in drawn]
     parts += ["Missing:", "\n".join(f"- {entry}" for entry in lacking)] if lacking else []
     try:
         out.mkdir(parents=True, exist_ok=True)

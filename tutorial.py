@@ -144,7 +144,7 @@ def draw_mask(walk):
     figure, (first, second, third) = analyze.panels(3, None, 3.6, 3.9)
     squares(first, walk.noise[0], "noise: a number for each patch", "cividis")
     label(first, [f"{value:.2f}" for value in walk.noise[0]])
-    squares(second, 1 - walk.mask[0], "ids_restore: its place in rising order;\nbelow 16 stays visible (blue)", "Blues", highest=1.6)
+    squares(second, 1 - walk.mask[0], "ids_restore: place in rising order;\nbelow 16 stays visible (blue)", "Blues", highest=1.6)
     label(second, places)
     show(third, walk.beginning()["visible"], "the 16 visible patches, with\ntheir place in ids_keep")
     label(third, [None if hidden else place for place, hidden in zip(places, walk.mask[0])], pitch=PATCH)
@@ -169,8 +169,8 @@ def draw_attention(walk):
     encoder, hidden = walk.model.encoder, walk.mask[0].bool()
     _, outputs = encoder(walk.images, walk.ids_keep, every_block=True)
     inputs = [encoder.embed(walk.images, walk.ids_keep), *outputs[:-1]]
-    figure, (first, *axes) = analyze.panels(5, "attention of the class token to the visible patches and to itself, mean of three heads, %",
-                                            2.4, 2.9)
+    title = "attention of the class token to the visible patches and to itself, mean of three heads, %"
+    figure, (first, *axes) = analyze.panels(5, title, 2.4, 2.9)
     show(first, walk.beginning()["visible"], "visible")
     for axis, number in zip(axes, (1, 4, 8, 12)):
         block = encoder.blocks[number - 1]
@@ -214,7 +214,8 @@ def draw_loss(walk):
     """Where the loss looks: the squared error of each hidden patch, on one scale for all decoders."""
     errors = [(prediction - walk.x).square().mean(dim=-1)[0] for prediction in walk.predictions]
     highest = torch.stack(errors)[:, walk.mask[0].bool()].max()
-    figure, (first, *axes) = analyze.panels(1 + len(errors), "squared error of each hidden patch; visible ones (grey) don't count", 2.4, 2.9)
+    title = "squared error of each hidden patch; visible ones (grey) don't count"
+    figure, (first, *axes) = analyze.panels(1 + len(errors), title, 2.4, 2.9)
     show(first, data.to_pixels(walk.images), "image")
     for axis, tap, error in zip(axes, walk.model.config.taps, errors):
         drawn = squares(axis, error, f"after block {tap}", blank=~walk.mask[0].bool(), lowest=0, highest=highest)

@@ -35,7 +35,7 @@ REPORT=$RUNS/report
 # SEEDS are seed:epochs of pre-training. TUNED seeds are fine-tuned and probed; VARIED ones with K blocks trained or started again.
 PARTIAL="0 1 2 4 6 8 10 12" REINIT="1 2 4 6 8 10" BLOCK=8 IMAGES=10000 LABELS="10000 50000"
 TAPS="12 10,12 8,10,12 6,8,10,12 3,6,9,12" SHORT=30
-DEEP='' SIZES='' PROBE='' FEW=''
+DEEP='' SIZES='' PROBE='' FEW=''  # what a size adds to commands: DeepMIM's, those with SIZES, frozen ones, those with fewer labels
 case $SIZE in
     full)
         TRAIN="--preset cifar10" TUNE="--preset cifar10"
@@ -46,7 +46,7 @@ case $SIZE in
     smoke)
         SIZES="--dim 16 --depth 3 --heads 2" DEEP="--taps 1,2,3" PROBE="--limit 40"
         TRAIN="--preset shapes $SIZES --decoder-dim 8 --decoder-depth 1 --decoder-heads 2 --limit 40 --batch-size 20"
-        TUNE="--preset shapes --batch-size 20 --epochs 1"
+        TUNE="--preset shapes --batch-size 20 --epochs 1 --warmup-epochs 0"
         SEEDS="0:2 1:2" TUNED="0" VARIED="0"
         PARTIAL="0 3" REINIT="1 2" BLOCK=2 IMAGES=20 LABELS="20 40" TAPS="3 1,3" SHORT=1 ;;
     *) echo "study.sh: --size is full, small or smoke, not '$SIZE'" >&2; exit 2 ;;
