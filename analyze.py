@@ -189,10 +189,11 @@ def short_names(paths):
 def held_out(options, config, machine):
     """(a function that gives batches of --images held-out images, the same at each call; how many they are)."""
     images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers,
-                       limit=1).held_out  # none of the training images is needed
-    count = min(options.images, len(images))
-    if count < 4:
-        raise BadInput(f"--images: {count} are too few; at least 4 are needed, and {len(images)} are there")
+                       limit=1, unseen=options.unseen).held_out  # none of the training images is needed
+    count, needed = min(options.images, len(images)), 4 if options.command in ("cka", "cross-cka") else 1
+    if count < needed:
+        raise BadInput(f"--images: {options.command} needs {needed}; it was given {options.images}, and {len(images)} are held out in "
+                       f"{options.data} (all of a folder without train/ with --unseen)")
     order = torch.randperm(len(images), generator=data.randomness("probe"))[:count]  # batches of random images
     return (lambda: images.batches(order.chunk(math.ceil(count / BATCH)))), count
 
@@ -306,8 +307,9 @@ def reconstruct_command(options, machine):
             shown = images[: options.rows], noise[: options.rows]
     psnr = (-10 * errors.log10()).tolist()
     captions = [f"block {tap}\n{loss:.3f}, {decibel:.1f} dB" for tap, loss, decibel in zip(config.taps, losses.tolist(), psnr)]
+    meant = "loss against its own hybrid target" if teacher else "loss"
     figure = engine.picture_figure(reconstruction_columns(model, teacher, captions, *shown),
-                                   f"{path}: loss and PSNR on hidden patches of {count:,} held-out images of {options.data}")
+                                   f"{path}: {meant}, and PSNR, on hidden patches of {count:,} held-out images of {options.data}")
     decoders = {str(tap): {"loss": loss, "psnr": decibel} for tap, loss, decibel in zip(config.taps, losses.tolist(), psnr)}
     return figure, {"images": count, "teacher": str(options.teacher) if teacher else None, "decoders": decoders}
 
@@ -431,6 +433,7 @@ def parse_options():
         if name == "curves":
             continue
         sub.add_argument("--data", default="shapes", help="shapes, cifar10, or a directory")
+        sub.add_argument("--unseen", action="store_true", help="of a directory without train/, look at all images: the model never saw them")
         sub.add_argument("--images", type=cli.number(int), default=2000, help="held-out images to look at")
         sub.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the best there is when not given")
         sub.add_argument("--workers", type=cli.number(int, zero=True), default=2, help="processes that decode images")

@@ -241,14 +241,14 @@ class Data(NamedTuple):
 
 
 def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, progress=True, hold_out=0.0,
-         crop_scale=PRETRAINING_CROP, augment=None, skip_damaged=False):
+         crop_scale=PRETRAINING_CROP, augment=None, skip_damaged=False, unseen=False):
     """The Data called name: "shapes", "cifar10", or a directory.
 
     limit keeps that many training images. With hold_out above 0, this share of the training images is
     kept back, and takes the place of the held-out ones: for choosing a recipe without looking at the
     test set. Both are the same images in every run. augment is a further transform of torchvision's for
     the training images. A directory's files that can't be decoded are left out with skip_damaged, after
-    a look at every file, and otherwise refused when their turn comes. Raises BadInput.
+    a look at every file, and otherwise refused when their turn comes. unseen is folder's. Raises BadInput.
     """
     if channels not in (1, 3):
         raise BadInput(f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
@@ -257,7 +257,7 @@ def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, prog
         train, held_out = make_shapes_data() if name == "shapes" else cifar10()
     else:
         try:
-            train, held_out = folder(Path(name))
+            train, held_out = folder(Path(name), unseen)
         except OSError as error:
             raise BadInput(f"--data: {error.filename} can't be looked into ({error.strerror})") from None
         if skip_damaged:
@@ -338,12 +338,12 @@ def cifar10(root="data"):
             for part in parts]
 
 
-def folder(root):
+def folder(root, unseen=False):
     """The images of a directory: (paths, labels, classes) to train on, and the same held out.
 
     root/train/<class>/* with root/val or root/test beside it has labels. A root without train/, or one without
     class folders in train/, is images without labels (−1, classes None), of which one in twenty is held out
-    where there is no val or test.
+    where there is no val or test, or with `unseen` all of them, as for a model that never saw any.
     """
     if not root.is_dir() or root == Path():
         raise BadInput(f"--data: {str(root)!r} is neither shapes, cifar10, nor a directory")
@@ -361,7 +361,8 @@ def folder(root):
     if beside is None:
         paths = [parts[0][0][i] for i in torch.randperm(len(parts[0][0]), generator=randomness("held out"))]
         kept = math.ceil(len(paths) / 20)
-        parts = [(part, [-1] * len(part), None) for part in (sorted(paths[kept:]), sorted(paths[:kept]))]
+        divided_paths = (paths, paths) if unseen else (paths[kept:], paths[:kept])
+        parts = [(sorted(part), [-1] * len(part), None) for part in divided_paths]
     if not (parts[0][0] and parts[1][0]):
         raise BadInput(f"--data: {beside or train} needs at least {1 if beside else 2} images, some to hold out")
     return parts

@@ -115,7 +115,7 @@ def patchify(images, patch_size):
     """Cut square images (B, C, H, H) into patches (B, N, P·P·C), row by row.
 
     Inside a patch the order is (row, column, channel), as in MAE's code. Raises ValueError where
-    the side isn't a multiple of patch_size.
+    images aren't square, or their side isn't a multiple of patch_size.
     """
     if images.shape[-1] != images.shape[-2] or images.shape[-1] % patch_size:
         raise ValueError(f"images must be square with a side divisible by {patch_size}, not {tuple(images.shape)}")

@@ -122,7 +122,7 @@ def draw_reconstructions(model, held_out, config, path, machine, record):
     columns = {"image": data.to_pixels(images), "visible": picture(nothing, False)}
     for tap, prediction in zip(config.taps, output.predictions):
         columns[f"after block {tap}"] = picture(prediction, config.norm_pix)
-    title = f"held-out images, epoch {record['epoch']}, loss {record['loss']:.3f}"
+    title = f"held-out images after epoch {record['epoch']}; training loss of the last decoder {list(record['losses'].values())[-1]:.3f}"
     engine.write_figure(path, engine.picture_figure(columns, title))
 
 

@@ -1,7 +1,7 @@
 """Draw the pictures of TUTORIAL.md: one photograph, followed through deepmim.py.
 
-    python tutorial.py                                         # the portrait of Grace Hopper that matplotlib brings along
-    python tutorial.py --image FILE --out figures/tutorial     # an image of your own, of which the middle is cut out
+    python tutorial.py                   # into figures/tutorial, of the portrait of Grace Hopper that matplotlib brings along
+    python tutorial.py --image FILE      # of an image of your own, of which the middle is cut out
 
 Writes a PNG for each step into --out. The models are the two that come with the repository, in results/checkpoints.
 """
@@ -188,7 +188,7 @@ def draw_normalised(walk):
     mean, _ = patch_statistics(patches)
     return row_of({"image": data.to_pixels(walk.images),
                    "mean of each patch": data.to_pixels(unpatchify(mean.expand_as(patches), PATCH)),
-                   "x: −3 black, 3 white": (unpatchify(walk.x, PATCH) / 6 + 0.5).clamp(0, 1)})
+                   "x, from −3 (black) to 3": (unpatchify(walk.x, PATCH) / 6 + 0.5).clamp(0, 1)})
 
 
 def draw_targets(walk):
@@ -244,7 +244,7 @@ def parse_options():
     """The command line as a namespace."""
     parser = cli.Parser(__doc__.split("\n")[0])
     parser.add_argument("--image", type=Path, help="an image file; a portrait of Grace Hopper when not given")
-    parser.add_argument("--out", type=Path, default=Path("results/tutorial"), help="directory for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("figures/tutorial"), help="directory for the pictures")
     return parser.parse_args()
 
 

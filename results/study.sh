@@ -35,7 +35,7 @@ REPORT=$RUNS/report
 # SEEDS are seed:epochs of pre-training. TUNED seeds are fine-tuned and probed; VARIED ones with K blocks trained or started again.
 PARTIAL="0 1 2 4 6 8 10 12" REINIT="1 2 4 6 8 10" BLOCK=8 IMAGES=10000 LABELS="10000 50000"
 TAPS="12 10,12 8,10,12 6,8,10,12 3,6,9,12" SHORT=30
-DEEP='' SIZES='' PROBE='' FEW=''  # what a size adds to commands: DeepMIM's, those with SIZES, frozen ones, those with fewer labels
+DEEP='' SIZES='' PROBE='' FEW=''  # what a size adds: to DeepMIM, random weights, frozen encoders, fewer labels
 case $SIZE in
     full)
         TRAIN="--preset cifar10" TUNE="--preset cifar10"

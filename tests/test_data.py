@@ -159,6 +159,15 @@ def test_a_folder_without_classes_holds_out_one_in_twenty(tmp_path):
     assert sorted(values) == list(range(40))
 
 
+def test_a_folder_that_no_model_saw_is_held_out_whole(tmp_path):
+    for i in range(9):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+    assert len(data.load(str(tmp_path), 8).held_out) == 1
+    held_out = data.load(str(tmp_path), 8, limit=1, unseen=True).held_out
+    images, labels = next(held_out.batches([torch.arange(9)]))
+    assert data.to_pixels(images)[:, 0, 0, 0].mul(255).round().tolist() == list(range(9)) and labels.tolist() == [-1] * 9
+
+
 def test_hold_out_takes_training_images_in_place_of_the_test_images(labelled):
     for name in ("cat", "dog"):
         for path in (labelled / "test" / name).iterdir():

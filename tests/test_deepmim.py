@@ -50,7 +50,7 @@ def test_unpatchify_inverts_patchify(side, patch, channels):
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 9), (1, 3, 9, 9)])
 def test_patchify_refuses_what_it_cannot_cut(shape):
-    with pytest.raises(ValueError, match="divisible by 4"):
+    with pytest.raises(ValueError):
         deepmim.patchify(torch.zeros(shape), 4)
 
 
@@ -237,7 +237,8 @@ def test_a_flat_patch_has_a_finite_target():
 def test_hybrid_targets_go_from_teacher_to_image():
     x, x_hat = torch.randn(2, 2, 4, 12)
     first, second, third = deepmim.hybrid_targets(x, x_hat, (0, 1 / 3, 1))
-    assert torch.equal(first, x_hat) and torch.equal(third, x)
+    torch.testing.assert_close(first, x_hat)
+    torch.testing.assert_close(third, x)
     torch.testing.assert_close(second, x / 3 + x_hat * 2 / 3)
 
 

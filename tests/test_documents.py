@@ -43,7 +43,7 @@ def smallest(script, arguments):
         return [*ENCODER, *DECODER, *BRIEF]
     if script == "finetune.py":
         return [*BRIEF, *(ENCODER if "--scratch" in arguments else [])]
-    if script == "analyze.py" and arguments[0] != "curves":
+    if script == "analyze.py" and arguments[0] not in ("curves", "report"):
         return ["--images", "20", "--workers", "0", "--device", "cpu", *(["--rows", "2"] if arguments[0] in ("reconstruct", "attention") else [])]
     return []
 
@@ -74,7 +74,9 @@ def place(tmp_path_factory):
     (path / "results/checkpoints").symlink_to(HERE / "results/checkpoints")
     for name, kind in (("A", "deepmim"), ("B", "mae"), ("T", "mae")):
         (path / f"{name}.pt").symlink_to(HERE / f"results/checkpoints/{kind}-cifar10-nano.pt")
-    (path / "RUN").symlink_to(path / "runs/shapes-deepmim")
+    (path / "RUNS").mkdir()
+    for name in ("RUN", "RUNS/deepmim-0"):
+        (path / name).symlink_to(path / "runs/shapes-deepmim")
     large = {"dim": 192, "heads": 3, "depth": 2, "taps": (2,)}  # 192 is the narrowest whose heads are known
     torch.save(ViT(Config(**large)).state_dict(), path / "mae_pretrain_vit_base.pth")
     torch.save(as_of_mae(DeepMIM(Config(**large, decoder_depth=1))), path / "mae_visualize_vit_base.pth")

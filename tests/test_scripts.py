@@ -538,7 +538,7 @@ def test_a_process_that_fails_alone_under_torchrun_says_why(images, tmp_path):
 # ------------------------------------------------------------------------------------------ security
 
 
-SOURCES = ["deepmim.py", "data.py", "engine.py", "cli.py", "train.py", "finetune.py", "analyze.py"]
+SOURCES = ["deepmim.py", "data.py", "engine.py", "cli.py", "report.py", "train.py", "finetune.py", "analyze.py", "tutorial.py", "exercises.py"]
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -62,7 +62,7 @@ def test_the_document_follows_the_order_of_the_code():
 
 
 def test_every_picture_of_the_document_is_drawn_and_every_one_that_is_drawn_is_shown(call, tmp_path):
-    status, out, err = call()
+    status, out, err = call("--out", "results/tutorial")
     assert status == 0 and err == ""
     drawn = sorted((tmp_path / "results/tutorial").iterdir())
     assert sorted(SHOWN) == [f"results/tutorial/{path.name}" for path in drawn] == sorted(out.split())
