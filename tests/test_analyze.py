@@ -243,7 +243,7 @@ def test_heads_command(call, place):
     _, _, numbers = call("heads", place / "deep" / "model.pt", place / "mae" / "model.pt", "--images", 6)
     encoder = ViT(CONFIG).eval()
     engine.load_weights(encoder, engine.load_encoder(place / "mae" / "model.pt")[1], "")
-    images, count = analyze.held_out(Namespace(data=str(place / "images"), workers=0, images=6),
+    images, count = analyze.held_out(Namespace(data=str(place / "images"), workers=0, images=6, unseen=False, command="heads"),
                                      CONFIG, engine.single_machine("cpu"))
     expected = [head_similarity(attention).item() for attention, _ in analyze.attention_of_blocks(encoder, next(images())[0])]
     assert numbers["attention maps"]["mae"] == pytest.approx(expected) and count == 6

@@ -126,30 +126,6 @@ def test_init_starts_from_that_encoder(call, folder, tmp_path):
 # ------------------------------------------------------------------------ the same run, come what may
 
 
-def test_a_crash_between_any_two_writes_loses_an_epoch_at_most(call, folder, tmp_path, monkeypatch):
-    arguments = [*TINY, *TAPS, "--data", folder, "--epochs", 2]
-    write, writes = engine.write, []
-    monkeypatch.setattr(engine, "write", lambda *given: writes.append(1) or write(*given))
-    call(*arguments, "--out", tmp_path / "whole")
-    total = len(writes)
-    for last in range(total):
-        count = []
-
-        def crash(*given, last=last, count=count):
-            count.append(1)
-            if len(count) > last:
-                raise KeyboardInterrupt
-            write(*given)
-
-        monkeypatch.setattr(engine, "write", crash)
-        assert call(*arguments, "--out", tmp_path / str(last))[0] == 130
-        monkeypatch.setattr(engine, "write", write)
-        assert call(*arguments, "--out", tmp_path / str(last))[0] == 0
-        assert_same(weights(tmp_path / "whole"), weights(tmp_path / str(last)))
-        assert [line["epoch"] for line in log(tmp_path / str(last))] == [1, 2]
-        assert (tmp_path / str(last) / "result.json").exists()
-
-
 @pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: b"", lambda content: b"no checkpoint",
                                     lambda content: content[:50_000] + bytes([content[50_000] ^ 1]) + content[50_001:]],
                          ids=["cut short", "empty", "text", "one bit"])
