@@ -434,7 +434,7 @@ def parse_options():
             continue
         sub.add_argument("--data", default="shapes", help="shapes, cifar10, or a directory")
         sub.add_argument("--unseen", action="store_true", help="of a directory without train/, look at all images: the model never saw them")
-        sub.add_argument("--images", type=cli.number(int), default=2000, help="held-out images to look at")
+        sub.add_argument("--images", type=cli.number(int), default=500, help="held-out images to look at")
         sub.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the best there is when not given")
         sub.add_argument("--workers", type=cli.number(int, zero=True), default=2, help="processes that decode images")
         if name in ("cka", "cross-cka"):
