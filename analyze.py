@@ -465,10 +465,7 @@ def main():
     machine = None if options.command == "curves" else engine.single_machine(options.device)
     figure, numbers = COMMANDS[options.command](options, machine)
     picture, table = (options.out / f"{options.command}.{kind}" for kind in ("png", "json"))
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out: {options.out} can't be written to as a directory ({error.strerror})") from None
+    engine.make_directory(options.out)
     what = {"command": options.command, **{name: str(value) for name, value in vars(options).items() if name in ("data", "tokens")}}
     engine.write_json(table, {**what, "from": [str(path) for path in options.models], **numbers})
     engine.write_figure(picture, figure)

@@ -253,6 +253,8 @@ def load(name, image_size, channels=3, device="cpu", workers=0, limit=None, prog
     if channels not in (1, 3):
         raise BadInput(f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
     decoded = name in ("shapes", "cifar10")
+    if unseen and (decoded or (Path(name) / "train").is_dir()):
+        raise BadInput(f"--unseen: {name} has images that are held out; it is for a directory without train/")
     if decoded:
         train, held_out = make_shapes_data() if name == "shapes" else cifar10()
     else:

@@ -251,8 +251,7 @@ class Block(nn.Module):
 def in_stream_precision(tokens):
     """Cast tokens (B, T, D), as they enter the first block, to the precision in which every block adds to them.
 
-    float32, as in MAE's code, except in mixed precision on a CPU: there adding in bfloat16 makes a
-    step 2 to 8 % faster (benchmarks/pretrain.py times steps).
+    float32, as in MAE's code, except in mixed precision on a CPU: there adding in bfloat16 saves casts.
     """
     if tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         return tokens.to(torch.get_autocast_dtype("cpu"))

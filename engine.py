@@ -338,6 +338,14 @@ def write(path, save, previous=None):
             temporary.unlink()  # still there where something, if only Ctrl-C, came between
 
 
+def make_directory(path):
+    """Make the directory of --out, with those above it, if it isn't there; raises BadInput."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out: {path} can't be written to as a directory ({error.strerror})") from None
+
+
 def write_json(path, value):
     """A value as a JSON file."""
     write(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))

@@ -356,10 +356,7 @@ def write(root, out):
         parts += ["With decoders after other blocks:", markdown(numbers["ablation"], "taps")]
     parts += [f"![{FIGURES[name]}](study-{name}.png)\n\n*{FIGURES[name]}*" for name in drawn]
     parts += ["Missing:", "\n".join(f"- {entry}" for entry in lacking)] if lacking else []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out: {out} can't be written to as a directory ({error.strerror})") from None
+    engine.make_directory(out)
     for name, panels in drawn.items():
         draw(out / f"study-{name}.png", panels)
     engine.write(out / "study.md", lambda file: file.write(("\n\n".join(parts) + "\n").encode()))

@@ -252,10 +252,7 @@ def main():
     """Read the image, take it through the models, and draw each step."""
     options = parse_options()
     walk = walk_of(photograph(options.image))
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out: {options.out} can't be written to as a directory ({error.strerror})") from None
+    engine.make_directory(options.out)
     for name, draw in PICTURES.items():
         engine.write_figure(options.out / f"{name}.png", draw(walk))
         print(options.out / f"{name}.png")

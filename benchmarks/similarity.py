@@ -48,6 +48,7 @@ def ways(first, second, images):
             block_features(first, batch, "all"), block_features(second, batch, "all")
 
     def by_torch_cka():
+        """The matrix of the package, whose progress bars and warnings are kept quiet."""
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compared = torch_cka.CKA(first, second, "first", "second", layers, layers)

@@ -168,6 +168,12 @@ def test_a_folder_that_no_model_saw_is_held_out_whole(tmp_path):
     assert data.to_pixels(images)[:, 0, 0, 0].mul(255).round().tolist() == list(range(9)) and labels.tolist() == [-1] * 9
 
 
+def test_where_images_are_held_out_unseen_is_refused(labelled):
+    for name in ("shapes", str(labelled)):
+        with pytest.raises(BadInput, match="--unseen"):
+            data.load(name, 32, unseen=True)
+
+
 def test_hold_out_takes_training_images_in_place_of_the_test_images(labelled):
     for name in ("cat", "dog"):
         for path in (labelled / "test" / name).iterdir():

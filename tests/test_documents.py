@@ -69,6 +69,7 @@ def place(tmp_path_factory):
             for i in range(count):
                 Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path / "data/cifar10" / part / str(name) / f"{i}.png")
     (path / "DIR").symlink_to(path / "data/cifar10")
+    (path / "PICTURES").symlink_to(path / "data/cifar10/test/0")
     (path / "FILE").write_bytes((path / "DIR/train/0/0.png").read_bytes())
     (path / "results").mkdir()
     (path / "results/checkpoints").symlink_to(HERE / "results/checkpoints")
