@@ -2,69 +2,68 @@
 
     python finetune.py --init runs/shapes-deepmim/model.pt       # all of it, preset shapes
     python finetune.py --preset cifar10 --init runs/deepmim/model.pt
-    torchrun --nproc_per_node=8 finetune.py --preset imagenet --data DIR --init mae_pretrain_vit_base.pth
+    torchrun --nproc_per_node=8 finetune.py --preset imagenet --data DIR --init mae_vit_base.pth
 
     python finetune.py --scratch                         # the same from random weights
-    python finetune.py --init … --trainable-blocks K     # freeze all but the last K blocks and the head
-    python finetune.py --init … --reinit-blocks K        # the last K blocks start again from random weights
+    python finetune.py --init … --trainable-blocks K     # freeze all but the last K blocks and head
+    python finetune.py --init … --reinit-blocks K        # the last K blocks start again at random
     python finetune.py --init … --linear-probe           # frozen encoder, a linear classifier
     python finetune.py --init … --knn                    # frozen encoder, no training at all
     python finetune.py --eval --init runs/shapes-finetune/model.pt
 
 Run the same command again to go on after an interruption. Writes model.pt, log.jsonl, curves.png,
-result.json and last.pt (what resuming needs) into --out. Every epoch is measured on the test images,
-but the result is the last epoch's, not the best one's; --hold-out 0.1 measures on a tenth of the
-training images instead, which is how to choose a recipe.
+result.json and last.pt (what resuming needs) into --out. Every epoch is measured on test images,
+but the result is the last epoch's. To choose a recipe, hold out training images: --hold-out 0.1.
 """
 
-import dataclasses
 import json
-import sys
 import time
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-import cli
-import data
-import engine
-from deepmim import BadInput, Config, ViT
+from deepmim import SIZES, Config, ViT
+from support import checkpoint, data, figures, options
+from support.machine import distribute, gradients_averaged, start
+from support.optimizer import make_optimizer, make_scaler, make_schedule, randomness, set_lr
+from support.options import BadInput
+from support.run import Run, check_finite, write_json
 
 PRESETS = {
-    "shapes": dict(data="shapes", epochs=5, batch_size=32, lr=1e-3),
-    "cifar10-nano": dict(data="cifar10", epochs=8, batch_size=64, lr=2e-3),
-    "cifar10": dict(data="cifar10", epochs=100, batch_size=1024, lr=2e-3, warmup_epochs=5, beta2=0.999, drop_path=0.1,
-                    mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25),
-    "imagenet": dict(data="imagenet", epochs=100, batch_size=1024, blr=5e-4, min_lr=1e-6, warmup_epochs=5, beta2=0.999,
-                     layer_decay=0.65, drop_path=0.1, mixup=0.8, cutmix=1.0, randaugment=27, erasing=0.25),
+    "shapes": dict(size="nano", data="shapes", epochs=5, batch_size=32, lr=1e-3),
+    "cifar10-nano": dict(size="nano", data="cifar10", epochs=8, batch_size=64, lr=2e-3),
+    "cifar10": dict(size="tiny", data="cifar10", epochs=100, batch_size=1024, lr=2e-3,
+                    warmup_epochs=5, beta2=0.999, drop_path=0.1, mixup=0.8, cutmix=1.0,
+                    randaugment=9, erasing=0.25),
+    "imagenet": dict(size="base", data="imagenet", epochs=100, batch_size=1024, blr=5e-4,
+                     warmup_epochs=5, beta2=0.999, layer_decay=0.65, drop_path=0.1, mixup=0.8,
+                     cutmix=1.0, randaugment=27, erasing=0.25),
 }
-SIZES = {"shapes": "nano", "cifar10-nano": "nano", "cifar10": "tiny", "imagenet": "base"}  # of --scratch
-LINEAR_PROBE = dict(weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0, erasing=0.0, drop_path=0.0,
-                    layer_decay=1.0)
+LINEAR_PROBE = dict(weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0,
+                    erasing=0.0, drop_path=0.0, layer_decay=1.0)
 MODEL_OPTIONS = ("image_size", "patch_size", "channels", "dim", "depth", "heads")
-CROP_SCALE = (0.08, 1)  # of RandomResizedCrop for larger images, as in MAE's code; pre-training keeps more
-EVALUATION_BATCH = 250  # always, so that an accuracy depends neither on --batch-size nor on the number of processes
-
+CROP_SCALE = (0.08, 1)   # of RandomResizedCrop, as in MAE's code; pre-training keeps more
+EVALUATION_BATCH = 250   # always, so that accuracy depends on no --batch-size and no process
+TEMPERATURE = 0.07       # of nearest neighbours (Wu et al. 2018)
 
 # --------------------------------------------------------------------------------------- the model
 
 
 class Classifier(nn.Module):
-    """A ViT encoder, the mean of its patch tokens or its class token, and a linear layer: images to logits.
+    """A ViT, the mean of its patch tokens or its class token, and a linear layer.
 
-    As in MAE's fine-tuning, `mean` replaces the encoder's norm by one after the mean, fc_norm. The
-    names are timm's again: without "encoder." they fit VisionTransformer(global_pool="avg" or "token").
-    With batch_norm, the linear layer follows a batch norm without weights, as in MAE's linear probe.
+    As in MAE's fine-tuning, "mean" replaces the encoder's norm by one after the mean. Names are
+    timm's: without "encoder." they fit VisionTransformer(global_pool="avg" or "token"). With
+    batch_norm, one without weights comes before the linear layer, as in MAE's linear probe.
     """
 
     def __init__(self, config, classes, pool="mean", batch_norm=False):
         super().__init__()
-        self.pool, self.frozen = pool, 0
+        self.pool = pool
         self.encoder = ViT(config)
         self.encoder.pos_embed.requires_grad = True  # as in MAE's fine-tuning
         self.fc_norm = nn.Identity()
@@ -77,429 +76,323 @@ class Classifier(nn.Module):
             self.head = nn.Sequential(nn.BatchNorm1d(config.dim, affine=False, eps=1e-6), self.head)
 
     def features(self, images):
-        """Images (B, C, H, H) to what the linear layer sees, (B, D)."""
-        tokens = self.encoder(images)                                              # (B, 1 + N, D)
+        """What the linear layer sees: (B, C, H, H) → (B, D)."""
+        tokens = self.encoder(images)                                                # (B, 1 + N, D)
         pooled = tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]  # (B, D)
         return self.fc_norm(pooled)
 
     def forward(self, images):
-        """Images (B, C, H, H) to logits (B, classes)."""
+        """(B, C, H, H) → logits (B, classes)"""
         return self.head(self.features(images))
-
-    def freeze(self, layers):
-        """Stop training the lowest layers, counted as layer_of does. Autograd then keeps nothing of them and stops above them."""
-        self.frozen = layers
-        for name, parameter in self.named_parameters():
-            if layer_of(name, len(self.encoder.blocks)) < layers:
-                parameter.requires_grad = False
-
-    def train(self, mode=True):
-        """As for any module, but frozen blocks stay in eval mode, without stochastic depth."""
-        super().train(mode)
-        for block in self.encoder.blocks[: max(0, self.frozen - 1)]:
-            block.eval()
-        return self
 
 
 def layer_of(name, depth):
-    """The layer that a parameter of Classifier belongs to: 0 the embedding, 1 … depth the blocks, depth + 1 all above."""
+    """The layer of a parameter: 0 the embedding, 1 … depth the blocks, depth + 1 all above."""
     if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
         return 0
-    if name.startswith("encoder.blocks."):
-        return 1 + int(name.split(".")[2])
-    return depth + 1
+    return 1 + int(name.split(".")[2]) if name.startswith("encoder.blocks.") else depth + 1
+
+
+def freeze(model, blocks):
+    """Train the last blocks of a Classifier and what is above them, nothing below."""
+    depth = len(model.encoder.blocks)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = layer_of(name, depth) > depth - blocks
 
 
 def layer_decay(name, depth, decay):
-    """The share of the learning rate that a parameter gets: 1 above the blocks, `decay` times less with each layer below
-    (Clark et al. 2020, ELECTRA; BEiT and MAE's fine-tuning)."""
+    """A parameter's share of the learning rate: 1 above the blocks, `decay` times less per layer.
+
+    Clark et al. 2020 (ELECTRA), and fine-tuning in BEiT's and MAE's code.
+    """
     return decay ** (depth + 1 - layer_of(name, depth))
 
 
 def add_stochastic_depth(encoder, rate):
-    """Let each image skip a block's two branches with a probability that rises from 0 in the first to `rate` in the last
-    block (Huang et al. 2016); what isn't skipped is scaled up, so that the mean stays."""
+    """Let images skip a trained block's branches: by a chance that rises from 0 to rate at the end.
+
+    Huang et al. 2016. What isn't skipped is scaled up, so that the mean stays.
+    """
     last = max(1, len(encoder.blocks) - 1)
     for i, block in enumerate(encoder.blocks):
-        block.drop_path = StochasticDepth(rate * i / last, mode="row")
-
-
-def resize_positions(positions, side):
-    """Positions (1, 1 + s², D) for a grid of side² patches, bicubic: (1, 1 + side², D). The class token's stays as it is."""
-    cls_token, grid = positions[:, :1], positions[:, 1:]
-    grid = rearrange(grid, "one (h w) d -> one d h w", h=round(grid.shape[1] ** 0.5))
-    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)  # (1, D, side, side)
-    return torch.cat([cls_token, rearrange(grid, "one d h w -> one (h w) d")], dim=1)
+        if block.attn.qkv.weight.requires_grad:
+            block.drop_path = StochasticDepth(rate * i / last, mode="row")
 
 
 # ---------------------------------------------------------------------------------------- options
 
 
-def parse_options():
-    """The command line as a namespace; raises BadInput where options exclude one another."""
-    parser = cli.Parser(__doc__.split("\n")[0])
-    group = parser.add_argument_group("start")
-    start = group.add_mutually_exclusive_group(required=True)
-    start.add_argument("--init", help="checkpoint whose encoder to start from: our model.pt, MAE's or a timm ViT's")
-    start.add_argument("--scratch", action="store_true", help="start from random weights, of the preset's sizes")
-    mode = parser.add_argument_group("what to train (all of it when not given)").add_mutually_exclusive_group()
-    mode.add_argument("--trainable-blocks", type=cli.number(int, zero=True), metavar="K",
-                      help="train the last K blocks and the head only")
-    mode.add_argument("--reinit-blocks", type=cli.number(int, zero=True), metavar="K",
-                      help="start the last K blocks from random weights, and train everything")
-    mode.add_argument("--linear-probe", action="store_true", help="train a linear classifier on the frozen encoder")
-    mode.add_argument("--knn", action="store_true", help="train nothing: nearest neighbours among the training images")
-    mode.add_argument("--eval", action="store_true", help="train nothing: measure the fine-tuned model.pt of --init")
-    group = parser.add_argument_group("model (what isn't given is the checkpoint's, or with --scratch the preset's)")
+def parse(argv):
+    """The options of the command line."""
+    parser = options.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="shapes", help="data and recipe")
+    group = parser.add_argument_group("start").add_mutually_exclusive_group(required=True)
+    group.add_argument("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
+    group.add_argument("--scratch", action="store_true", help="start from random weights")
+    add = parser.add_argument_group("what to do, instead").add_mutually_exclusive_group().add_argument
+    add("--trainable-blocks", type=int, metavar="K", help="train the last K blocks and head only")
+    add("--reinit-blocks", type=int, metavar="K", help="start the last K blocks at random")
+    add("--linear-probe", action="store_true", help="train a linear layer on the frozen encoder")
+    add("--knn", action="store_true", help="train nothing: nearest neighbours")
+    add("--eval", action="store_true", help="train nothing: measure the fine-tuned --init")
+    add = parser.add_argument_group("model (the checkpoint's, or with --scratch the preset's)").add_argument
     for name in MODEL_OPTIONS:
-        group.add_argument("--" + name.replace("_", "-"), type=cli.number(int), help=cli.MODEL_HELP[name])
-    group.add_argument("--pool", choices=("mean", "cls"), default="mean", help="classify the mean patch token, or the class token")
-    cli.add_common_options(parser)
-    add_recipe_options(parser)
-    presets = PRESETS
-    if "--linear-probe" in sys.argv:  # which has a recipe of its own
-        presets = {name: {**preset, **LINEAR_PROBE} for name, preset in PRESETS.items()}
-    options = parser.parse(presets, "shapes")
-    if options.eval and not options.init:
-        raise BadInput("--eval: a fine-tuned model is needed, --init runs/shapes-finetune/model.pt")
-    for name in MODEL_OPTIONS if options.eval else ():
-        if getattr(options, name) is not None:
-            raise BadInput(f"--{name.replace('_', '-')}: --eval measures a model as it was fine-tuned; leave the option out")
-    if not options.out:
-        options.out = f"runs/{options.preset}-{mode_name(options)}"
-    cli.check_run(options)
-    return options
+        add(options.option(name), type=int, help=options.MODEL_HELP[name])
+    add("--pool", choices=("mean", "cls"), default="mean", help="classify this token")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--layer-decay", type=float, default=0.75, help="learning rate of a layer / of the one above")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--mixup", type=float, default=0.0, help="MixUp's alpha; 0 is none")
+    add("--cutmix", type=float, default=0.0, help="CutMix's alpha; 0 is none")
+    add("--randaugment", type=int, default=0, help="its magnitude, to 30; 0 is none")
+    add("--erasing", type=float, default=0.0, help="chance of random erasing")
+    add("--hold-out", type=float, default=0.0, help="measure on this share of the training images")
+    add("--knn-k", type=int, default=20, help="neighbours that vote")
+    options.add_training_options(parser)
+    args = parser.parse(argv, lambda found: PRESETS[found.preset] | LINEAR_PROBE
+                        if found.linear_probe else PRESETS[found.preset])
+    name = "scratch" if args.scratch else "finetune"
+    for mode in ("trainable_blocks", "reinit_blocks", "linear_probe", "knn"):
+        value = getattr(args, mode)
+        if value is not None and value is not False:
+            name += "-" + mode.replace("_", "-") + (f"-{value}" if value is not True else "")
+    args.out = args.out or f"runs/{args.preset}-{name}"
+    options.check_run(args)
+    return args
 
 
-def add_recipe_options(parser):
-    """The options of the classification recipe, and of the nearest neighbours."""
-    share = cli.number(float, zero=True, below=1)
-    group = parser.add_argument_group("recipe")
-    group.add_argument("--layer-decay", type=cli.number(float), default=0.75, help="share of the learning rate that each layer passes on to the one below")
-    group.add_argument("--drop-path", type=share, default=0.0, help="stochastic depth of the last block; less below")
-    group.add_argument("--smoothing", type=share, default=0.1, help="label smoothing")
-    group.add_argument("--mixup", type=cli.number(float, zero=True), default=0.0, help="MixUp's alpha; 0 is none")
-    group.add_argument("--cutmix", type=cli.number(float, zero=True), default=0.0, help="CutMix's alpha; 0 is none; with both, each batch gets one of them")
-    group.add_argument("--randaugment", type=cli.number(int, zero=True, below=31), default=0, help="RandAugment's magnitude, to 30; 0 is none")
-    group.add_argument("--erasing", type=share, default=0.0, help="probability of random erasing")
-    group.add_argument("--clip-grad", type=cli.number(float), help="largest norm of the gradient; unlimited when not given")
-    group.add_argument("--hold-out", type=share, default=0.0, help="measure on this share of the training images, not on the test images")
-    group = parser.add_argument_group("nearest neighbours")
-    group.add_argument("--knn-k", type=cli.number(int), default=20, help="neighbours that vote")
-    group.add_argument("--temperature", type=cli.number(float), default=0.07, help="a vote weighs exp(cosine similarity / this)")
+def start_from(args):
+    """(Config, the encoder's state_dict or None for --scratch) to start from; raises BadInput."""
+    given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
+    if args.scratch:
+        sizes = {**SIZES[args.size], **given}
+        sizes["taps"] = (sizes.get("depth", Config.depth),)
+        config, state = options.naming_option(Config, **sizes), None
+    else:
+        config, state = checkpoint.read_encoder(args.init, args.heads)
+        for name, value in given.items():
+            if name != "image_size" and value != getattr(config, name):
+                raise BadInput(f"{options.option(name)}: {args.init} has {getattr(config, name)}, "
+                               f"not {value}; leave the option out")
+        config = options.naming_option(replace, config, image_size=args.image_size or config.image_size)
+    for name in ("trainable_blocks", "reinit_blocks"):
+        if (getattr(args, name) or 0) > config.depth:
+            raise BadInput(f"{options.option(name)}: {getattr(args, name)} is more than the "
+                           f"encoder's {config.depth} blocks")
+    return config, state
 
 
-def mode_name(options):
-    """The run's name in --out: what is trained, and on what."""
-    name = "scratch" if options.scratch else "finetune"
-    if options.trainable_blocks is not None:
-        return f"{name}-last-{options.trainable_blocks}"
-    if options.reinit_blocks is not None:
-        return f"{name}-reinit-{options.reinit_blocks}"
-    kind = "linear-probe" if options.linear_probe else "knn" if options.knn else None
-    return name if kind is None else f"scratch-{kind}" if options.scratch else kind
+def load_images(args, config, machine):
+    """(labelled images to train on, and held out) of --data; raises BadInput."""
+    train, held_out = data.find(args.data, machine, args.limit, args.hold_out, args.skip_damaged)
+    if len(train.classes or ()) < 2:
+        raise BadInput(f"--data: {args.data} has no classes to tell apart; train/<class>/* is "
+                       "needed, and val/ or test/ beside train/")
+    name = "knn_k" if args.knn else "batch_size"
+    options.check_enough(name, getattr(args, name), train)
+    further = v2.RandAugment(magnitude=args.randaugment) if args.randaugment else None
+    images = data.prepare(train, config, machine, args.workers, CROP_SCALE, further)
+    return images, data.prepare(held_out, config, machine, args.workers)
 
 
-# ------------------------------------------------------------------------------------ the start
+def make_classifier(args, config, state, classes, machine):
+    """The Classifier to train, with weights copied and layers frozen as the options say."""
+    model = Classifier(config, classes, args.pool, args.linear_probe)
+    if state is not None:
+        copied = checkpoint.load_encoder(model.encoder, state, args.init, args.reinit_blocks or 0)
+        left = checkpoint.summary(name for name in state if name not in copied)
+        machine.print(f"loaded from {args.init}: {checkpoint.summary(copied)}; left out: {left}")
+    if args.trainable_blocks is not None:
+        freeze(model, args.trainable_blocks)
+    if args.linear_probe:
+        model.requires_grad_(False).head.requires_grad_(True)
+    add_stochastic_depth(model.encoder, args.drop_path)
+    return model.to(machine.device)
 
 
-def sizes(options):
-    """(Config, state_dict or None) of the encoder to start from: the checkpoint's sizes, or the preset's for --scratch.
+# --------------------------------------------------------------------------------------- training
 
-    Raises BadInput where an option contradicts the checkpoint; only the image size may.
+
+def mixing(mixup, cutmix, classes):
+    """MixUp or CutMix, by chance for each batch where both are above 0; None for neither.
+
+    images, labels (B,) → images, shares of classes (B, classes)
     """
-    given = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
-    if options.scratch:
-        values = {**cli.MODELS[SIZES[options.preset]], **given}
-        return cli.checked(lambda: Config(**values, taps=(values["depth"],))), None
-    config, state = engine.load_encoder(options.init, options.heads)
-    for name, value in given.items():
-        if name != "image_size" and value != getattr(config, name):
-            raise BadInput(f"--{name.replace('_', '-')}: {options.init} has {getattr(config, name)}, not {value}; "
-                           "leave the option out, or use another checkpoint")
-    image_size = given.get("image_size", config.image_size)
-    return cli.checked(lambda: dataclasses.replace(config, image_size=image_size)), state
-
-
-def initialize(model, config, state, options, machine):
-    """Copy a checkpoint's encoder into a Classifier, and say what came from where; raises BadInput if a weight is missing."""
-    own = model.encoder.state_dict()
-    fresh = set()
-    if options.reinit_blocks:
-        first = config.depth - options.reinit_blocks
-        fresh = {name for name in own if name.startswith("blocks.") and int(name.split(".")[1]) >= first}
-    side = config.image_size // config.patch_size
-    resized = state["pos_embed"].shape[1] != 1 + side**2 if "pos_embed" in state else False
-    if resized:
-        state = {**state, "pos_embed": resize_positions(state["pos_embed"], side)}
-    engine.load_weights(model.encoder, {**state, **{name: own[name] for name in fresh}}, options.init)
-
-    loaded = [name for name in own if name not in fresh]
-    machine.say(f"loaded from {options.init}: {summary(loaded)}" + (" (positions resized)" if resized else ""))
-    machine.say(f"left out: {summary(name for name in state if name not in loaded) or 'nothing'}")
-    rest = [name for name in model.state_dict() if name.removeprefix("encoder.") not in loaded]
-    machine.say(f"as at initialisation: {summary(rest)}")
-
-
-def summary(names):
-    """Names of weights in short, parts and ranges of blocks, as in "cls_token, blocks.0–11, fc_norm"."""
-    parts = {}
-    for name in names:
-        part, number = (*name.removeprefix("encoder.").split("."), "")[:2]
-        parts.setdefault(part, set()).update([int(number)] if number.isdigit() else [])
-    return ", ".join(f"{part}.{min(numbers)}–{max(numbers)}" if numbers else part for part, numbers in parts.items())
-
-
-def load_classifier(path):
-    """(Config, Classifier, class names) of a fine-tuned model.pt; raises BadInput."""
-    content = engine.load(path)
-    if not isinstance(content, dict) or not {"config", "model", "classes", "pool", "linear_probe"} <= content.keys():
-        raise BadInput(f"--eval: {path} has no classifier; a model.pt written by finetune.py is needed")
-    config, state = engine.load_model(path)
-    model = Classifier(config, len(content["classes"]), content["pool"], content["linear_probe"])
-    engine.load_weights(model, state, path)
-    return config, model, content["classes"]
-
-
-# ------------------------------------------------------------------------------ training and measuring
-
-
-def mixing(options, classes):
-    """MixUp, CutMix, or one of them by chance for each batch: (images, labels (B,)) to (images, shares (B, classes)). None without."""
-    ways = []
-    if options.mixup:
-        ways.append(v2.MixUp(alpha=options.mixup, num_classes=classes))
-    if options.cutmix:
-        ways.append(v2.CutMix(alpha=options.cutmix, num_classes=classes))
+    ways = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+    ways += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     return v2.RandomChoice(ways) if ways else None
 
 
-def train_epoch(model, images, optimizer, scaler, options, machine, epoch):
-    """One pass over the training images: the mean loss and the last learning rate. Raises RunFailed on a loss that is no number."""
-    order = data.epoch_order(len(images), options.batch_size, options.seed, epoch)  # (steps, batch)
-    parts = [part for batch in order for part in machine.share(batch).chunk(options.accumulate)]
-    batches = images.batches(parts, (options.seed, epoch))
-    mix = mixing(options, len(images.classes))
-    erase = v2.RandomErasing(options.erasing, value="random")
-    steps = len(order)
-
-    model.train()
+def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine):
+    """One pass over the training images: the mean loss and the last learning rate."""
+    mix = mixing(args.mixup, args.cutmix, len(images.classes))
+    erase = v2.RandomErasing(args.erasing, value="random")
+    steps = len(images) // args.batch_size
     losses = torch.zeros(steps, 1, device=machine.device)
-    bar = tqdm(total=steps * options.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.epochs}", leave=False,
-               disable=None if machine.speaks else True)
-    for step in range(steps):
-        rate = engine.rate_at(epoch * steps + step, steps, options)
-        engine.set_rate(optimizer, rate)
-        for part in range(options.accumulate):
-            batch, labels = next(batches)
-            key = (options.seed, "step", epoch, step, machine.rank, part)
-            torch.manual_seed(data.randomness(*key).initial_seed())  # for mixing and stochastic depth
-            if options.erasing:
+    bar = machine.progress(steps * args.batch_size, f"epoch {epoch + 1}")
+    batches = data.epoch_steps(images, args.batch_size, args.accumulate, args.seed, epoch, machine)
+    model.train()
+    for step, parts in enumerate(batches):
+        lr = schedule(epoch * steps + step)
+        set_lr(optimizer, lr)
+        for part, (batch, labels) in enumerate(parts):
+            key = args.seed, "step", epoch, step, machine.rank, part
+            torch.manual_seed(randomness(*key).initial_seed())  # for mixing and stochastic depth
+            if args.erasing:
                 batch = data.in_groups(erase, batch, *key, "erasing")
             if mix:
                 batch, labels = mix(batch, labels)
-            with engine.gradients_averaged(model, part + 1 == options.accumulate):
+            with gradients_averaged(model, last=part + 1 == args.accumulate):
                 with machine.autocast():
                     logits = model(batch)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=options.smoothing) / options.accumulate
-                scaler.scale(loss).backward()
-            losses[step] += loss.detach()
-        if options.clip_grad:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
+                scaler.scale(loss / args.accumulate).backward()
+            losses[step] += loss.detach() / args.accumulate
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        bar.update(options.batch_size)
-        if machine.looks(step, steps):
-            engine.check_finite(machine.mean(losses[: step + 1]), epoch, ["the loss"])
-            bar.set_postfix(loss=f"{losses[step].item():.4f}", lr=f"{rate:.1e}", refresh=False)
+        bar.update(args.batch_size)
+        if machine.may_look(step, steps):
+            check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, ["the loss"])
+            bar.set_postfix(loss=f"{losses[step].item():.4f}", lr=f"{lr:.1e}", refresh=False)
     bar.close()
-    return machine.mean(losses.mean()).item(), rate
+    return machine.all_reduce_mean(losses.mean()).item(), lr
 
 
-def score(chunks, classes, machine):
-    """From each chunk's (logits (B, classes), labels (B,)), one process's share of them all: val_loss, val_accuracy and,
-    from ten classes up, val_top5, over all processes."""
-    totals = torch.zeros(4, device=machine.device)
-    for logits, labels in chunks:
-        best = logits.topk(min(5, classes)).indices == labels[:, None]  # (B, 5)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        totals += torch.stack([loss, best[:, 0].sum(), best.sum(), torch.tensor(len(labels), device=loss.device)])
-    loss, right, among, count = (machine.mean(totals) * machine.world).tolist()
-    record = {"val_loss": loss / count, "val_accuracy": right / count}
-    return record if classes < 10 else {**record, "val_top5": among / count}
-
-
-def share_of_chunks(images, machine):
-    """Indices of images in chunks of EVALUATION_BATCH; of these, the ones that are this process's to do."""
-    return torch.arange(len(images)).split(EVALUATION_BATCH)[machine.rank :: machine.world]
+# -------------------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
 def evaluate(model, images, machine):
-    """Loss and accuracy on images without augmentation, see score."""
+    """val_loss, val_accuracy and, from ten classes up, val_top5 on images without augmentation."""
     model.eval()
-    machine.agree(model)
-
-    def chunks():
-        for batch, labels in images.batches(share_of_chunks(images, machine)):
-            with machine.autocast():
-                logits = model(batch)
-            yield logits, labels
-
-    return score(chunks(), len(images.classes), machine)
+    machine.broadcast_buffers(model)  # of a batch norm, which saw other images in each process
+    totals = torch.zeros(4, device=machine.device)
+    chunks = torch.arange(len(images)).split(EVALUATION_BATCH)[machine.rank :: machine.world]
+    for batch, labels in images.batches(chunks):
+        with machine.autocast():
+            logits = model(batch).float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        totals[0] += F.cross_entropy(logits, labels, reduction="sum")
+        totals[1:] += torch.stack([best[:, 0].sum(), best.sum(), torch.ones_like(labels).sum()])
+    loss, right, among, count = (machine.all_reduce_mean(totals) * machine.world).tolist()
+    record = {"val_loss": loss / count, "val_accuracy": right / count}
+    return record if len(images.classes) < 10 else {**record, "val_top5": among / count}
 
 
 @torch.no_grad()
 def all_features(model, images, machine):
-    """Features (n, D) and labels (n,) of all images, on every process."""
+    """Features (n, D) and labels (n,) of all images."""
     model.eval()
-    width = model.encoder.cls_token.shape[-1]
-    rows = torch.zeros(len(images), width + 1, device=machine.device)  # what other processes do stays zero here …
-    chunks = share_of_chunks(images, machine)
-    for ids, (batch, labels) in zip(chunks, images.batches(chunks)):
+    features, labels = [], []
+    for batch, batch_labels in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH)):
         with machine.autocast():
-            features = model.features(batch)
-        rows[ids] = torch.cat([features.float(), labels[:, None]], dim=1)
-    rows = machine.mean(rows) * machine.world  # … so that the sum puts the parts together
-    return rows[:, :width], rows[:, width].round().long()
+            features.append(model.features(batch).float())
+        labels.append(batch_labels)
+    return torch.cat(features), torch.cat(labels)
 
 
 def knn_votes(queries, features, labels, classes, k, temperature):
-    """Weighted nearest neighbours (Wu et al. 2018): queries (Q, D) against features (n, D), labels (n,), to votes (Q, classes).
+    """Weighted nearest neighbours (Wu et al. 2018), of features of unit length.
 
-    All of unit length. Each of the k most similar features votes for its label with exp((similarity − 1) / temperature),
-    in which the 1 changes no ranking and keeps the exponential finite.
+    queries (Q, D), features (n, D), labels (n,) → votes (Q, classes)
+    Each of the k most similar features adds exp((similarity − 1) / temperature) to its label.
     """
-    similarity, nearest = (queries @ features.T).topk(k, dim=1)               # (Q, k)
+    similarity, nearest = (queries @ features.T).topk(k, dim=1)  # (Q, k)
     votes = torch.zeros(len(queries), classes, device=queries.device)
     return votes.scatter_add(1, labels[nearest], ((similarity - 1) / temperature).exp())
 
 
-def nearest_neighbours(model, images, options, machine):
-    """Accuracy of weighted nearest neighbours on the held-out images, among the training images.
+def nearest_neighbours(model, images, held_out, k, machine):
+    """Accuracy of knn_votes on the held-out images, among the training images.
 
-    Features are standardised over the training images, as the batch norm before the linear probe does: what all
-    images share, which is most of a feature after reconstruction, would drown what tells them apart.
+    Features are standardised over the training images: what all of them share, which is most of a
+    feature after reconstruction, would drown what tells them apart.
     """
-    k, classes = options.knn_k, len(images.train.classes)
-    features, labels = all_features(model, images.train, machine)
-    queries, wanted = all_features(model, images.held_out, machine)
-    deviation, mean = torch.std_mean(features, dim=0)                              # two (D,)
-    features, queries = (F.normalize((x - mean) / (deviation + 1e-6), dim=1) for x in (features, queries))
-    chunks = ((knn_votes(queries[ids], features, labels, classes, k, options.temperature), wanted[ids])
-              for ids in share_of_chunks(images.held_out, machine))
-    record = score(chunks, classes, machine)
-    del record["val_loss"]  # votes are no logits
-    return record
+    features, labels = all_features(model, images, machine)
+    queries, wanted = all_features(model, held_out, machine)
+    deviation, mean = torch.std_mean(features, dim=0)  # two (D,)
+    features = F.normalize((features - mean) / (deviation + 1e-6), dim=1)
+    queries = F.normalize((queries - mean) / (deviation + 1e-6), dim=1)
+    right = 0
+    for some, labels_wanted in zip(queries.split(EVALUATION_BATCH), wanted.split(EVALUATION_BATCH)):
+        votes = knn_votes(some, features, labels, len(images.classes), k, TEMPERATURE)
+        right += (votes.argmax(dim=1) == labels_wanted).sum().item()
+    return right / len(queries)
+
+
+def evaluate_checkpoint(args, machine):
+    """--eval: print loss and accuracy of a fine-tuned model on the held-out images of --data."""
+    content = checkpoint.read(args.init) if args.init else None
+    if not isinstance(content, dict) or "classes" not in content:
+        raise BadInput(f"--eval: {args.init} has no classifier; finetune.py writes a model.pt with one")
+    config, state = checkpoint.read_model(args.init)
+    classes = content["classes"]
+    model = Classifier(config, len(classes), content["pool"], content["linear_probe"])
+    checkpoint.load_weights(model, state, args.init)
+    part = data.find_held_out(args.data, machine)
+    if part.classes != classes:
+        raise BadInput(f"--data: {args.data} has the classes {', '.join(part.classes or ())}; "
+                       f"{args.init} knows {', '.join(classes)}")
+    images = data.prepare(part, config, machine, args.workers)
+    machine.print(json.dumps(evaluate(model.to(machine.device), images, machine)))
 
 
 def draw_curves(path, history, title):
-    """Write a PNG: training and validation loss, and validation accuracy, over epochs (the paper's fine-tuning figure)."""
-    figure, (left, right) = engine.plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    """Write a PNG: losses and validation accuracy over epochs (the paper's fine-tuning figure)."""
+    figure, (left, right) = figures.panels(2, title)
     epochs = [line["epoch"] for line in history]
-    for (name, key), style in zip({"training, augmented": "train_loss", "validation": "val_loss"}.items(), engine.line_styles()):
-        left.plot(epochs, [line[key] for line in history], label=name, **style)
-    left.set(xlabel="epoch", ylabel="cross-entropy")
-    left.legend()
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    right.plot(epochs, [100 * line["val_accuracy"] for line in history], **style)
-    right.set(xlabel="epoch", ylabel="validation accuracy, %")
-    figure.suptitle(title, fontsize=9)
-    engine.write_figure(path, figure)
+    curves = {name: (epochs, [line[name] for line in history]) for name in ("train_loss", "val_loss")}
+    figures.lines(left, curves, "epoch", "cross-entropy")
+    accuracy = [100 * line["val_accuracy"] for line in history]
+    figures.lines(right, {"val_accuracy": (epochs, accuracy)}, "epoch", "%")
+    figures.save(figure, path)
 
 
-def freeze(model, config, options):
-    """Stop training what --trainable-blocks or --linear-probe says."""
-    if options.trainable_blocks is not None:
-        model.freeze(1 + config.depth - options.trainable_blocks)
-    if options.linear_probe:
-        model.freeze(1 + config.depth)
-        model.requires_grad_(False).head.requires_grad_(True)  # norms too
-
-
-def load_images(options, config, machine):
-    """The labelled images of --data; raises BadInput where there are no labels, or fewer images than a batch."""
-    if options.data == "cifar10":
-        machine.first_alone(data.cifar10)
-    augment = v2.RandAugment(magnitude=options.randaugment) if options.randaugment else None
-    limit = 1 if options.eval else options.limit  # to measure, none of the training images is needed
-    images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers, limit,
-                       machine.speaks, options.hold_out, CROP_SCALE, augment, options.skip_damaged)
-    if images.train.classes is None:
-        raise BadInput(f"--data: {options.data} has no classes; train/<class>/* is needed, and val/ or test/ beside train/")
-    if len(images.train.classes) < 2:
-        raise BadInput(f"--data: {options.data} has one class, {images.train.classes[0]}; there is nothing to tell apart")
-    for name, used in (("batch_size", not options.eval and not options.knn), ("knn_k", options.knn)):
-        if used and getattr(options, name) > len(images.train):
-            raise BadInput(f"--{name.replace('_', '-')}: {getattr(options, name)} is more than the {len(images.train)} training images")
-    return images
-
-
-def main():
-    """Read the options, set everything up, train or only measure, and write what came out after every epoch."""
-    options = parse_options()
-    machine = engine.start(options)
-    if options.eval:
-        config, model, classes = load_classifier(options.init)
-    else:
-        config, state = sizes(options)
-        for name in ("trainable_blocks", "reinit_blocks"):
-            if (getattr(options, name) or 0) > config.depth:
-                raise BadInput(f"--{name.replace('_', '-')}: {getattr(options, name)} is more than the encoder's {config.depth} blocks")
-    images = load_images(options, config, machine)
-    if options.eval:
-        if classes != images.held_out.classes:
-            raise BadInput(f"--data: {options.data} has the classes {', '.join(images.held_out.classes)}; "
-                           f"{options.init} knows {', '.join(classes)}")
-        machine.say(json.dumps(evaluate(model.to(machine.device), images.held_out, machine)))
-        return
-
-    classes = images.train.classes
-    model = Classifier(config, len(classes), options.pool, options.linear_probe)
-    if state is not None:
-        initialize(model, config, state, options, machine)
-    add_stochastic_depth(model.encoder, options.drop_path)
-    freeze(model, config, options)
-    model.to(machine.device)
-    run = engine.Run(options, machine)
-    if options.knn:
+def main(argv=None):
+    """Set everything up, train or only measure, and write what came out after every epoch."""
+    args = parse(argv)
+    machine = start(args.device, args.amp, args.batch_size, args.accumulate)
+    torch.manual_seed(args.seed)
+    if args.eval:
+        return evaluate_checkpoint(args, machine)
+    config, state = start_from(args)
+    images, held_out = load_images(args, config, machine)
+    classes, depth = images.classes, config.depth
+    model = make_classifier(args, config, state, len(classes), machine)
+    run = Run(args.out, vars(args), machine, args.resume)
+    if args.knn:
         run.open()
-        record = nearest_neighbours(model, images, options, machine)
-        machine.say(f"{options.knn_k} nearest neighbours: accuracy {record['val_accuracy']:.2%}")
-        if machine.speaks:
-            engine.write_json(run.path / "result.json", {**record, "options": run.options})
-        return
+        accuracy = nearest_neighbours(model, images, held_out, args.knn_k, machine)
+        machine.print(f"{args.knn_k} nearest neighbours: accuracy {accuracy:.2%}")
+        if machine.is_main_process:
+            result = {"val_accuracy": accuracy, "options": run.options}
+            write_json(run.path / "result.json", result)
+        return None
 
-    optimizer = engine.make_optimizer(model, options, lambda name: layer_decay(name, config.depth, options.layer_decay))
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    if run.epoch == options.epochs:
-        machine.say(f"{run.path} is finished: {run.epoch} epochs; another --out or --no-resume starts over")
-        return
-    run.restore(model, optimizer, scaler)
-    run.open()
-    machine.say(f"{mode_name(options)}, {len(images.train):,} images of {len(classes)} classes, {machine}, into {run.path}"
-                + (f", after epoch {run.epoch}" if run.epoch else ""))
-    network = engine.distribute(model, machine, options)
-
-    for epoch in range(run.epoch, options.epochs):
+    steps = len(images) // args.batch_size
+    schedule = make_schedule(args.lr, args.blr, args.batch_size, args.epochs, args.warmup_epochs, steps)
+    optimizer = make_optimizer(model, args.weight_decay, args.beta2,
+                               lambda name: layer_decay(name, depth, args.layer_decay))
+    scaler, network = make_scaler(machine), distribute(model, machine, args.compile)
+    for epoch in run.epochs(args.epochs, model, optimizer, scaler):
         begin = time.perf_counter()
-        loss, rate = train_epoch(network, images.train, optimizer, scaler, options, machine, epoch)
+        loss, lr = train_epoch(network, images, optimizer, scaler, schedule, epoch, args, machine)
         seconds = time.perf_counter() - begin
-        count = len(images.train) // options.batch_size * options.batch_size
-        record = {"epoch": epoch + 1, "train_loss": loss, **evaluate(model, images.held_out, machine),
-                  "learning_rate": rate, "images_per_second": round(count / seconds, 1), "seconds": round(seconds, 2)}
-        content = {"config": dataclasses.asdict(config), "model": model.state_dict(), "classes": classes,
-                   "pool": options.pool, "linear_probe": options.linear_probe}
-        run.finish_epoch(record, model, optimizer, scaler, content, result=epoch + 1 == options.epochs)
-        machine.say(f"epoch {epoch + 1}/{options.epochs}  loss {loss:.4f}  validation {record['val_loss']:.4f}, "
-                    f"accuracy {record['val_accuracy']:.2%}  {record['images_per_second']:.0f} images/s")
-        if machine.speaks:  # after what matters is safe
-            draw_curves(run.path / "curves.png", run.history, f"{run.path}: accuracy {record['val_accuracy']:.2%} after epoch {epoch + 1}")
+        speed = round(steps * args.batch_size / seconds, 1)
+        record = {"train_loss": loss, **evaluate(model, held_out, machine), "learning_rate": lr,
+                  "images_per_second": speed, "seconds": round(seconds, 2)}
+        run.finish_epoch(record, {
+            "config": asdict(config), "model": model.state_dict(), "classes": classes,
+            "pool": args.pool, "linear_probe": args.linear_probe})
+        line = (f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation "
+                f"{record['val_loss']:.4f}, accuracy {record['val_accuracy']:.2%}")
+        machine.print(f"{line}  {speed:.0f} images/s")
+        if machine.is_main_process:  # after what matters is safe
+            draw_curves(run.path / "curves.png", run.history, f"{run.path}: {line}")
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    options.run(main)

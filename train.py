@@ -1,179 +1,157 @@
 """Pre-train a ViT without labels, by DeepMIM or MAE.
 
-    python train.py                                      # preset shapes: built-in data, minutes on a CPU
+    python train.py                                      # preset shapes: built in, minutes on a CPU
     python train.py --preset cifar10 --out runs/deepmim  # ViT-Tiny/4, CIFAR-10, one GPU
     python train.py --preset cifar10-nano --data DIR     # a 96-wide ViT, for CPUs
     torchrun --nproc_per_node=8 train.py --preset imagenet --data DIR   # ViT-B/16, 224 px
-    python train.py --method mae                         # the baseline: one decoder, after the last block
+    python train.py --method mae                         # the baseline: one decoder, at the end
     python train.py --teacher runs/mae/model.pt          # hybrid targets
 
 Run the same command again to go on after an interruption. Writes model.pt, log.jsonl, result.json,
 reconstruction.png and last.pt (what resuming needs) into --out.
 """
 
-import dataclasses
 import time
+from dataclasses import asdict
 
 import torch
-from tqdm import tqdm
 
-import cli
-import data
-import engine
-from deepmim import BadInput, Config, DeepMIM, check_teacher, paint
+from deepmim import SIZES, Config, DeepMIM, HybridTargets, PixelTargets
+from support import checkpoint, data, figures, options
+from support.machine import distribute, gradients_averaged, start
+from support.optimizer import make_optimizer, make_scaler, make_schedule, randomness, set_lr
+from support.options import BadInput
+from support.run import Run, check_finite
 
 PRESETS = {
-    "shapes": dict(cli.MODELS["nano"], data="shapes", epochs=4, batch_size=32, lr=1.5e-3, norm_pix=False),
-    "cifar10-nano": dict(cli.MODELS["nano"], data="cifar10", epochs=15, batch_size=64, lr=1e-3),
-    "cifar10": dict(cli.MODELS["tiny"], data="cifar10", epochs=400, batch_size=1024, lr=2e-3),
-    "imagenet": dict(cli.MODELS["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4, warmup_epochs=40),
+    "shapes": dict(SIZES["nano"], data="shapes", epochs=4, batch_size=32, lr=1.5e-3,
+                   norm_pix=False),
+    "cifar10-nano": dict(SIZES["nano"], data="cifar10", epochs=15, batch_size=64, lr=1e-3),
+    "cifar10": dict(SIZES["tiny"], data="cifar10", epochs=400, batch_size=1024, lr=2e-3),
+    "imagenet": dict(SIZES["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4,
+                     warmup_epochs=40),
 }
-PICTURES = 8  # rows of reconstruction.png
 
 
-def parse_options():
-    """The command line as a namespace, with model options that fit --method."""
-    parser = cli.Parser(__doc__.split("\n")[0])
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=("deepmim", "mae"), default="deepmim", help="mae is one tap, the last block")
-    group.add_argument("--teacher", help="model.pt of a pre-trained MAE, ours or the reference's, for hybrid targets")
-    group.add_argument("--init", help="checkpoint whose encoder to start from: our model.pt, MAE's or a timm ViT's")
-    cli.add_model_options(parser)
-    cli.add_common_options(parser)
-    options = parser.parse(PRESETS, "shapes")
-    if options.method == "mae":
-        if options.teacher:
-            raise BadInput("--teacher: hybrid targets are for intermediate decoders, and --method mae has none")
-        if options.taps not in (Config.taps, (options.depth,)) or options.alphas:
-            raise BadInput("--taps: --method mae has one tap, the last block, and no alphas; leave both options out")
-        options.taps, options.alphas = (options.depth,), ()
-    if not options.out:
-        options.out = f"runs/{options.preset}-{'hybrid' if options.teacher else options.method}"
-    cli.check_run(options)
-    return options
+def parse(argv):
+    """The options of the command line."""
+    parser = options.Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument_group("method").add_argument
+    add("--preset", choices=PRESETS, default="shapes", help="data, model and recipe together")
+    add("--method", choices=("deepmim", "mae"), default="deepmim", help="mae has only the last tap")
+    add("--teacher", help="model.pt of a pre-trained MAE, for hybrid targets")
+    add("--alphas", type=options.fraction_list, help="shares of the image in them, as in 0,1/3,2/3")
+    add("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
+    options.add_model_options(parser)
+    options.add_training_options(parser)
+    args = parser.parse(argv, lambda found: PRESETS[found.preset])
+    if args.method == "mae":
+        if args.teacher:
+            raise BadInput("--teacher: it is for intermediate decoders; --method mae has none")
+        if args.taps not in (Config.taps, (args.depth,)):
+            raise BadInput("--taps: --method mae has one tap, the last block; leave the option out")
+        args.taps = (args.depth,)
+    if args.alphas and not args.teacher:
+        raise BadInput("--alphas: they mix the image with what a --teacher predicts; none is given")
+    args.out = args.out or f"runs/{args.preset}-{'hybrid' if args.teacher else args.method}"
+    options.check_run(args)
+    return args
 
 
-def load_teacher(options, config, device):
-    """The frozen model of --teacher, or None without one; raises BadInput where it doesn't fit."""
-    if not options.teacher:
-        if options.alphas:
-            raise BadInput("--alphas: they mix the image with the reconstruction of a --teacher, and none is given")
-        return None
-    teacher_config, state = engine.load_model(options.teacher, options.norm_pix)
-    cli.checked(lambda: check_teacher(config, teacher_config))
-    teacher = DeepMIM(teacher_config)
-    engine.load_weights(teacher, state, options.teacher)
-    return teacher.requires_grad_(False).eval().to(device)
+def make_targets(config, teacher_path, alphas, device):
+    """What the decoders are asked for: pixels, or with a teacher hybrid targets."""
+    if not teacher_path:
+        return PixelTargets(config)
+    teacher = checkpoint.load_frozen(teacher_path, device, decoders=True, norm_pix=config.norm_pix)
+    return options.naming_option(HybridTargets, config, teacher, alphas)
 
 
-def train_epoch(model, teacher, images, optimizer, scaler, options, config, machine, epoch):
-    """One pass over the training images: the mean loss of each tap, (taps,), and the last learning rate.
-
-    Raises RunFailed on a loss that is no number.
-    """
-    order = data.epoch_order(len(images), options.batch_size, options.seed, epoch)  # (steps, batch)
-    parts = [part for batch in order for part in machine.share(batch).chunk(options.accumulate)]
-    batches = images.batches(parts, (options.seed, epoch))
-    steps = len(order)
-    names = [f"the loss after block {tap}" for tap in config.taps]
-
+def train_epoch(model, targets, images, optimizer, scaler, schedule, epoch, config, machine,
+                batch_size, accumulate, seed):
+    """One pass over the training images: the mean loss of each tap, (taps,), and the last lr."""
+    steps = len(images) // batch_size
     losses = torch.zeros(steps, len(config.taps), device=machine.device)
-    bar = tqdm(total=steps * options.batch_size, unit="img", desc=f"epoch {epoch + 1}/{options.epochs}", leave=False,
-               disable=None if machine.speaks else True)
-    for step in range(steps):
-        rate = engine.rate_at(epoch * steps + step, steps, options)
-        engine.set_rate(optimizer, rate)
+    names = [f"the loss after block {tap}" for tap in config.taps]
+    bar = machine.progress(steps * batch_size, f"epoch {epoch + 1}")
+    batches = data.epoch_steps(images, batch_size, accumulate, seed, epoch, machine)
+    for step, parts in enumerate(batches):
+        lr = schedule(epoch * steps + step)
+        set_lr(optimizer, lr)
 
-        # Drawn for the whole batch, so that a mask doesn't depend on the process and part that an image falls to.
-        noise = torch.rand(options.batch_size, config.patches,
-                           generator=data.randomness(options.seed, "mask", epoch, step))
-        for part, part_noise in enumerate(machine.share(noise).chunk(options.accumulate), start=1):
-            batch, _ = next(batches)
-            with engine.gradients_averaged(model, part == options.accumulate):
+        # Noise is drawn for the whole batch: an image's mask depends on no process and no part.
+        generator = randomness(seed, "mask", epoch, step)
+        noise = torch.rand(batch_size, config.patches, generator=generator)
+        noise = machine.shard(noise).to(machine.device).chunk(accumulate)
+        for part, (batch, _) in enumerate(parts):
+            with gradients_averaged(model, last=part + 1 == accumulate):
                 with machine.autocast():
-                    output = model(batch, part_noise.to(machine.device), teacher)
-                scaler.scale(output.loss / options.accumulate).backward()
-            losses[step] += output.losses.detach() / options.accumulate
+                    output = model(batch, noise[part], targets)
+                scaler.scale(output.loss / accumulate).backward()
+            losses[step] += output.losses.detach() / accumulate
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        bar.update(options.batch_size)
-        if machine.looks(step, steps):
-            engine.check_finite(machine.mean(losses[: step + 1]), epoch, names)
-            bar.set_postfix(loss=f"{losses[step].sum():.4f}", lr=f"{rate:.1e}", refresh=False)
+        bar.update(batch_size)
+        if machine.may_look(step, steps):
+            check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, names)
+            bar.set_postfix(loss=f"{losses[step].sum():.4f}", lr=f"{lr:.1e}", refresh=False)
     bar.close()
-    return machine.mean(losses.mean(dim=0)), rate
+    return machine.all_reduce_mean(losses.mean(dim=0)), lr
 
 
 @torch.no_grad()
-def draw_reconstructions(model, held_out, config, path, machine, record):
-    """Write a picture to path: held-out images, what was visible of them, and what each decoder makes of that."""
-    count = min(PICTURES, len(held_out))
+def draw_reconstructions(model, held_out, config, machine, path, title):
+    """Write a picture: held-out images, what is visible, and what each decoder predicts."""
+    count = min(8, len(held_out))
     images, _ = next(held_out.batches([torch.arange(count) * (len(held_out) // count)]))
-    noise = torch.rand(count, config.patches, generator=data.randomness("pictures")).to(machine.device)
+    noise = torch.rand(count, config.patches, generator=randomness("pictures"))
     with machine.autocast():
-        output = model(images, noise)
-
-    def picture(prediction, norm_pix):
-        return data.to_pixels(paint(prediction, images, output.mask, config.patch_size, norm_pix))
-
-    nothing = torch.zeros_like(output.predictions[0], dtype=torch.float32)  # in pixels, this is the mean colour: grey
-    columns = {"image": data.to_pixels(images), "visible": picture(nothing, False)}
-    for tap, prediction in zip(config.taps, output.predictions):
-        columns[f"after block {tap}"] = picture(prediction, config.norm_pix)
-    title = f"held-out images after epoch {record['epoch']}; training loss of the last decoder {list(record['losses'].values())[-1]:.3f}"
-    engine.write_figure(path, engine.picture_figure(columns, title))
+        output = model(images, noise.to(machine.device))
+    columns = figures.reconstructions(config, images, output)
+    figures.save(figures.picture_grid(columns, title), path)
 
 
-def main():
-    """Read the options, set everything up, train, and write what was learnt after every epoch."""
-    options = parse_options()
-    config = cli.config_from(options)
-    machine = engine.start(options)
+def main(argv=None):
+    """Set everything up, train, and write what was learnt after every epoch."""
+    args = parse(argv)
+    config = options.config_from(args)
+    machine = start(args.device, args.amp, args.batch_size, args.accumulate)
+    torch.manual_seed(args.seed)
     model = DeepMIM(config)
-    teacher = load_teacher(options, config, machine.device)  # after the model, which starts the same without one
-    if options.data == "cifar10":
-        machine.first_alone(data.cifar10)
-    images = data.load(options.data, config.image_size, config.channels, machine.device, options.workers,
-                       options.limit, machine.speaks, skip_damaged=options.skip_damaged)
-    if options.batch_size > len(images.train):
-        raise BadInput(f"--batch-size: {options.batch_size} is more than the {len(images.train)} training images")
-
-    if options.init:
-        found, state = engine.load_encoder(options.init, options.heads)
+    targets = make_targets(config, args.teacher, args.alphas, machine.device)
+    train, held_out = data.find(args.data, machine, args.limit, skip_damaged=args.skip_damaged)
+    options.check_enough("batch_size", args.batch_size, train)
+    images = data.prepare(train, config, machine, args.workers)
+    held_out = data.prepare(held_out, config, machine, args.workers)
+    if args.init:
+        found, state = checkpoint.read_encoder(args.init, args.heads)
         if found.depth != config.depth:
-            raise BadInput(f"--depth: {options.init} has {found.depth} blocks, not {config.depth}")
-        engine.load_weights(model.encoder, state, options.init)
+            raise BadInput(f"--depth: {args.init} has {found.depth} blocks, not {config.depth}")
+        checkpoint.load_weights(model.encoder, state, args.init)
     model.to(machine.device)
-    optimizer = engine.make_optimizer(model, options)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    run = engine.Run(options, machine)
-    if run.epoch == options.epochs:
-        machine.say(f"{run.path} is finished: {run.epoch} epochs; another --out or --no-resume starts over")
-        return
-    run.restore(model, optimizer, scaler)
-    run.open()
-    machine.say(f"{options.method}, taps {config.taps}, {len(images.train):,} images, {machine}, into {run.path}"
-                + (f", after epoch {run.epoch}" if run.epoch else ""))
-    network = engine.distribute(model, machine, options)
 
-    for epoch in range(run.epoch, options.epochs):
+    steps = len(images) // args.batch_size
+    schedule = make_schedule(args.lr, args.blr, args.batch_size, args.epochs, args.warmup_epochs, steps)
+    optimizer, scaler = make_optimizer(model, args.weight_decay, args.beta2), make_scaler(machine)
+    network = distribute(model, machine, args.compile)
+    run = Run(args.out, vars(args), machine, args.resume)
+    for epoch in run.epochs(args.epochs, model, optimizer, scaler):
         begin = time.perf_counter()
-        losses, rate = train_epoch(network, teacher, images.train, optimizer, scaler, options, config, machine, epoch)
+        losses, lr = train_epoch(network, targets, images, optimizer, scaler, schedule, epoch,
+                                 config, machine, args.batch_size, args.accumulate, args.seed)
         seconds = time.perf_counter() - begin
-        steps = len(images.train) // options.batch_size
-        record = {"epoch": epoch + 1, "loss": losses.sum().item(),
-                  "losses": {str(tap): loss for tap, loss in zip(config.taps, losses.tolist())},
-                  "learning_rate": rate, "images_per_second": round(steps * options.batch_size / seconds, 1),
-                  "seconds": round(seconds, 2)}
-        content = {"config": dataclasses.asdict(config), "model": model.state_dict()}
-        run.finish_epoch(record, model, optimizer, scaler, content, result=epoch + 1 == options.epochs)
-        machine.say(f"epoch {epoch + 1}/{options.epochs}  loss {record['loss']:.4f}  "
-                    f"last decoder {losses[-1]:.4f}  {record['images_per_second']:.0f} images/s")
-        if machine.speaks:  # after what matters is safe
-            draw_reconstructions(model, images.held_out, config, run.path / "reconstruction.png", machine, record)
+        by_tap = {str(tap): loss for tap, loss in zip(config.taps, losses.tolist())}
+        speed = round(steps * args.batch_size / seconds, 1)
+        record = {"loss": losses.sum().item(), "losses": by_tap, "learning_rate": lr,
+                  "images_per_second": speed, "seconds": round(seconds, 2)}
+        run.finish_epoch(record, {"config": asdict(config), "model": model.state_dict()})
+        line = f"epoch {epoch + 1}/{args.epochs}  last decoder's training loss {losses[-1]:.4f}"
+        machine.print(f"{line}  sum {losses.sum():.4f}  {speed:.0f} images/s")
+        if machine.is_main_process:  # after what matters is safe
+            picture = run.path / "reconstruction.png"
+            draw_reconstructions(model, held_out, config, machine, picture, line)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    options.run(main)
