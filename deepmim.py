@@ -29,9 +29,7 @@ from torch import nn
 
 def patchify(images, patch_size):
     """Cut square images into patches, row by row: (B, C, H, H) → (B, N, P·P·C).
-
-    Inside a patch the order is (row, column, channel), as in MAE's code. P must divide H.
-    """
+    Inside a patch the order is (row, column, channel), as in MAE's code. P must divide H."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
@@ -43,10 +41,8 @@ def unpatchify(patches, patch_size):
 
 def random_masking(noise, mask_ratio):
     """Hide patches: the int(N · (1 − mask_ratio)) with the smallest noise stay (MAE, section 3).
-
     noise (B, N), usually uniform in 0 … 1 → ids_keep (B, V), ids_hide (B, N − V), by rising noise
-    The noise is an argument, so that a mask can be repeated. It hides what it hides in MAE's code.
-    """
+    The noise is an argument, so that a mask can be repeated. MAE's code would hide the same."""
     visible = int(noise.shape[1] * (1 - mask_ratio))
     ids = noise.argsort(dim=1)  # (B, N)
     return ids[:, :visible], ids[:, visible:]
@@ -59,10 +55,8 @@ def take_patches(x, ids):
 
 def sine_cosine_positions(dim, side):
     """Fixed positions, (1, 1 + side², dim) in −1 … 1: zeros for the class token, then row by row.
-
     Half of the width encodes the column, half the row, each in sines, then cosines, of dim / 4
-    frequencies from 1 down to nearly 1/10000, as in MAE's code.
-    """
+    frequencies from 1 down to nearly 1/10000, as in MAE's code."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, dim / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)                    # (side, dim / 2)
@@ -80,10 +74,8 @@ def attention_map(q, k):
 
 def attend(q, k, v):
     """Averages of v, weighted by attention_map: q, k, v (B, heads, T, d) → (B, heads, T, d).
-
     PyTorch's fused kernel does it, except for bfloat16 on a CPU. There the formula written out is
-    several times faster at the lengths of masked images (benchmarks/attention.py).
-    """
+    several times faster at the lengths of masked images (benchmarks/attention.py)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -91,7 +83,6 @@ def attend(q, k, v):
 
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017), with the names of timm's `Attention`."""
-
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -110,7 +101,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """A pre-norm Transformer block (Dosovitskiy et al. 2020), with the names of timm's `Block`."""
-
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -144,12 +134,9 @@ def init_weights(module):
 @dataclass(kw_only=True)
 class Config:
     """The sizes of a model, by default the paper's ViT-B/16. Raises ValueError, "field: the rule".
-
     Taps are the blocks, counted from 1, that a decoder follows. The last is among them; (12,) is
     MAE. mask_ratio is the share of the patches that is hidden. With norm_pix, targets are patches
-    normalised by their own mean and deviation.
-    """
-
+    normalised by their own mean and deviation."""
     image_size: int = 224
     patch_size: int = 16
     channels: int = 3
@@ -202,7 +189,6 @@ SIZES = {  # of the presets; what isn't said is Config's default
 
 class PatchEmbed(nn.Module):
     """A linear map of each patch to a token, stored as timm and MAE's code do: as a convolution."""
-
     def __init__(self, config):
         super().__init__()
         self.proj = nn.Conv2d(config.channels, config.dim, config.patch_size, config.patch_size)
@@ -215,11 +201,8 @@ class PatchEmbed(nn.Module):
 
 class ViT(nn.Module):
     """The encoder, a Vision Transformer (Dosovitskiy et al. 2020) without a classifier.
-
     Its weights have the names and shapes of timm's `VisionTransformer` and of MAE's encoder. So
-    they move between the three as they are. Positions are sines and cosines, not trained.
-    """
-
+    they move between the three as they are. Positions are sines and cosines, not trained."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -233,9 +216,7 @@ class ViT(nn.Module):
 
     def embed(self, images, ids_keep=None):
         """The tokens of all patches, or of those at ids_keep, each with the position of its place.
-
-        images (B, C, H, H), normalised, ids_keep (B, V) → (B, T, D); ValueError for another size
-        """
+        images (B, C, H, H), normalised, ids_keep (B, V) → (B, T, D); ValueError for another size"""
         if images.shape[1:] != (self.config.channels, *[self.config.image_size] * 2):
             raise ValueError(f"images {tuple(images.shape)} are not of {self.config}")
         patches = patchify(images, self.config.patch_size)                    # (B, N, P·P·C)
@@ -265,7 +246,6 @@ class ViT(nn.Module):
 
 class Decoder(nn.Module):
     """A shallow Transformer that predicts hidden patches from the tokens of the visible ones."""
-
     def __init__(self, config):
         super().__init__()
         dim = config.decoder_dim
@@ -281,11 +261,9 @@ class Decoder(nn.Module):
 
     def forward(self, tokens, ids_keep, ids_hide):
         """A prediction of each hidden patch, in the order of ids_hide, of any values.
-
         tokens (B, 1 + V, D), ids_keep (B, V), ids_hide (B, N − V) → (B, N − V, P·P·C)
         A learned mask token stands for every hidden patch. A Transformer tells places by their
-        positions and not by their order, so the mask tokens just follow the visible ones.
-        """
+        positions and not by their order, so the mask tokens just follow the visible ones."""
         batch, hidden = ids_hide.shape
         mask_tokens = self.mask_token.expand(batch, hidden, -1)             # (B, N − V, d)
         x = torch.cat([self.embed(tokens), mask_tokens], dim=1)             # (B, 1 + N, d)
@@ -307,7 +285,6 @@ def patch_statistics(patches):
 
 class PixelTargets:
     """x: the hidden patches, with norm_pix each of mean 0 and deviation 1 (MAE, section 3)."""
-
     def __init__(self, config):
         self.config = config
 
@@ -322,13 +299,10 @@ class PixelTargets:
 
 class HybridTargets:
     """t_i = α_i x + (1 − α_i) x̂ for intermediate taps, x for the last (paper, hybrid targets).
-
     x̂ is what the teacher, a trained MAE, predicts from the same patches. A small α asks for this
     blurred x̂, which is easier, α = 1 for the image itself. There is one in 0 … 1 for each tap but
     the last, by default evenly spaced from 0: (0, 1/3, 2/3). Raises ValueError for others, and for
-    a teacher that cuts images in another way or predicts in another space.
-    """
-
+    a teacher that cuts images in another way or predicts in another space."""
     def __init__(self, config, teacher, alphas=None):
         for field in ("image_size", "patch_size", "channels", "norm_pix"):
             ours, theirs = getattr(config, field), getattr(teacher.config, field)
@@ -358,7 +332,6 @@ def reconstruction_loss(prediction, target):
 
 class Output(NamedTuple):
     """What DeepMIM returns."""
-
     loss: torch.Tensor               # (), the sum over taps
     losses: torch.Tensor             # (taps,)
     predictions: list[torch.Tensor]  # taps × (B, N − V, P·P·C)
@@ -368,7 +341,6 @@ class Output(NamedTuple):
 
 class DeepMIM(nn.Module):
     """One encoder, and a decoder of its own for each tap. With the last tap alone it is MAE."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -377,10 +349,8 @@ class DeepMIM(nn.Module):
 
     def forward(self, images, noise=None, targets=None):
         """Hide, encode, decode, compare: images (B, C, H, H), float and normalised, to an Output.
-
         noise (B, N) decides the mask, see random_masking; it is drawn here if None. targets are
-        PixelTargets if None. Raises ValueError for images of another size.
-        """
+        PixelTargets if None. Raises ValueError for images of another size."""
         config = self.config
         if noise is None:
             noise = torch.rand(len(images), config.patches, device=images.device)

@@ -1,10 +1,10 @@
 """Fine-tune a pre-trained encoder for classification, or judge it frozen.
 
     python finetune.py --init runs/shapes-deepmim/model.pt       # all of it, preset shapes
+    python finetune.py --scratch                                 # the same from random weights
     python finetune.py --preset cifar10 --init runs/deepmim/model.pt
     torchrun --nproc_per_node=8 finetune.py --preset imagenet --data DIR --init mae_vit_base.pth
 
-    python finetune.py --scratch                         # the same from random weights
     python finetune.py --init … --trainable-blocks K     # freeze all but the last K blocks and head
     python finetune.py --init … --reinit-blocks K        # the last K blocks start again at random
     python finetune.py --init … --linear-probe           # frozen encoder, a linear classifier
@@ -16,6 +16,7 @@ result.json and last.pt (what resuming needs) into --out. Every epoch is measure
 but the result is the last epoch's. To choose a recipe, hold out training images: --hold-out 0.1.
 """
 
+import copy
 import json
 import time
 from dataclasses import asdict, replace
@@ -29,38 +30,32 @@ from torchvision.transforms import v2
 from deepmim import SIZES, Config, ViT
 from support import checkpoint, data, figures, options
 from support.machine import distribute, gradients_averaged, start
-from support.optimizer import make_optimizer, make_scaler, make_schedule, randomness, set_lr
-from support.options import BadInput
-from support.run import Run, check_finite, write_json
+from support.optimizer import make_optimizer, make_schedule, randomness, set_lr
+from support.options import require
+from support.run import Run, check_finite
 
+LONG = dict(epochs=100, batch_size=1024, warmup_epochs=5, beta2=0.999, drop_path=0.1, mixup=0.8,
+            cutmix=1.0, erasing=0.25)  # MAE's
 PRESETS = {
     "shapes": dict(size="nano", data="shapes", epochs=5, batch_size=32, lr=1e-3),
     "cifar10-nano": dict(size="nano", data="cifar10", epochs=8, batch_size=64, lr=2e-3),
-    "cifar10": dict(size="tiny", data="cifar10", epochs=100, batch_size=1024, lr=2e-3,
-                    warmup_epochs=5, beta2=0.999, drop_path=0.1, mixup=0.8, cutmix=1.0,
-                    randaugment=9, erasing=0.25),
-    "imagenet": dict(size="base", data="imagenet", epochs=100, batch_size=1024, blr=5e-4,
-                     warmup_epochs=5, beta2=0.999, layer_decay=0.65, drop_path=0.1, mixup=0.8,
-                     cutmix=1.0, randaugment=27, erasing=0.25),
+    "cifar10": dict(LONG, size="tiny", data="cifar10", lr=2e-3, randaugment=9),
+    "imagenet": dict(LONG, size="base", data="imagenet", blr=5e-4, layer_decay=0.65,
+                     randaugment=27),
 }
 LINEAR_PROBE = dict(weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0,
-                    erasing=0.0, drop_path=0.0, layer_decay=1.0)
+                    erasing=0.0)
 MODEL_OPTIONS = ("image_size", "patch_size", "channels", "dim", "depth", "heads")
 CROP_SCALE = (0.08, 1)   # of RandomResizedCrop, as in MAE's code; pre-training keeps more
 EVALUATION_BATCH = 250   # always, so that accuracy depends on no --batch-size and no process
-TEMPERATURE = 0.07       # of nearest neighbours (Wu et al. 2018)
 
 # --------------------------------------------------------------------------------------- the model
 
-
 class Classifier(nn.Module):
     """A ViT, the mean of its patch tokens or its class token, and a linear layer.
-
     As in MAE's fine-tuning, "mean" replaces the encoder's norm by one after the mean. Names are
     timm's: without "encoder." they fit VisionTransformer(global_pool="avg" or "token"). With
-    batch_norm, one without weights comes before the linear layer, as in MAE's linear probe.
-    """
-
+    batch_norm, one without weights comes before the linear layer, as in MAE's linear probe."""
     def __init__(self, config, classes, pool="mean", batch_norm=False):
         super().__init__()
         self.pool = pool
@@ -88,9 +83,10 @@ class Classifier(nn.Module):
 
 def layer_of(name, depth):
     """The layer of a parameter: 0 the embedding, 1 … depth the blocks, depth + 1 all above."""
-    if name.startswith(("encoder.cls_token", "encoder.pos_embed", "encoder.patch_embed")):
-        return 0
-    return 1 + int(name.split(".")[2]) if name.startswith("encoder.blocks.") else depth + 1
+    if name.startswith("encoder.blocks."):
+        return 1 + int(name.split(".")[2])
+    above = name.startswith(("encoder.norm", "fc_norm", "head"))
+    return depth + 1 if above else 0
 
 
 def freeze(model, blocks):
@@ -101,62 +97,53 @@ def freeze(model, blocks):
 
 
 def layer_decay(name, depth, decay):
-    """A parameter's share of the learning rate: 1 above the blocks, `decay` times less per layer.
-
-    Clark et al. 2020 (ELECTRA), and fine-tuning in BEiT's and MAE's code.
-    """
+    """A parameter's share of the learning rate: 1 above the blocks, `decay` times less per layer
+    (Clark et al. 2020; fine-tuning in BEiT's and MAE's code)."""
     return decay ** (depth + 1 - layer_of(name, depth))
 
 
 def add_stochastic_depth(encoder, rate):
-    """Let images skip a trained block's branches: by a chance that rises from 0 to rate at the end.
-
-    Huang et al. 2016. What isn't skipped is scaled up, so that the mean stays.
-    """
-    last = max(1, len(encoder.blocks) - 1)
+    """Let images skip the branches of trained blocks, by a chance that rises from 0 to rate at the
+    end (Huang et al. 2016). What isn't skipped is scaled up, so that the mean stays."""
     for i, block in enumerate(encoder.blocks):
         if block.attn.qkv.weight.requires_grad:
-            block.drop_path = StochasticDepth(rate * i / last, mode="row")
-
-
-# ---------------------------------------------------------------------------------------- options
+            chance = rate * i / max(1, len(encoder.blocks) - 1)
+            block.drop_path = StochasticDepth(chance, mode="row")
 
 
 def parse(argv):
     """The options of the command line."""
     parser = options.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="shapes", help="data and recipe")
-    group = parser.add_argument_group("start").add_mutually_exclusive_group(required=True)
-    group.add_argument("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
-    group.add_argument("--scratch", action="store_true", help="start from random weights")
-    add = parser.add_argument_group("what to do, instead").add_mutually_exclusive_group().add_argument
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
+    add("--scratch", action="store_true", help="start from random weights")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--trainable-blocks", type=int, metavar="K", help="train the last K blocks and head only")
     add("--reinit-blocks", type=int, metavar="K", help="start the last K blocks at random")
     add("--linear-probe", action="store_true", help="train a linear layer on the frozen encoder")
     add("--knn", action="store_true", help="train nothing: nearest neighbours")
     add("--eval", action="store_true", help="train nothing: measure the fine-tuned --init")
-    add = parser.add_argument_group("model (the checkpoint's, or with --scratch the preset's)").add_argument
+    add = parser.add_argument_group("model, by default --init's or the preset's").add_argument
     for name in MODEL_OPTIONS:
-        add(options.option(name), type=int, help=options.MODEL_HELP[name])
-    add("--pool", choices=("mean", "cls"), default="mean", help="classify this token")
+        add(options.option(name), type=int)
+    add("--pool", choices=("mean", "cls"), default="mean", help="the token to classify")
     add = parser.add_argument_group("recipe").add_argument
-    add("--layer-decay", type=float, default=0.75, help="learning rate of a layer / of the one above")
+    add("--layer-decay", type=float, default=0.75, help="lr of a layer, by that of the one above")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--mixup", type=float, default=0.0, help="MixUp's alpha; 0 is none")
     add("--cutmix", type=float, default=0.0, help="CutMix's alpha; 0 is none")
     add("--randaugment", type=int, default=0, help="its magnitude, to 30; 0 is none")
     add("--erasing", type=float, default=0.0, help="chance of random erasing")
-    add("--hold-out", type=float, default=0.0, help="measure on this share of the training images")
+    add("--hold-out", type=float, default=0.0, help="measure on this share of training images")
     add("--knn-k", type=int, default=20, help="neighbours that vote")
     options.add_training_options(parser)
-    args = parser.parse(argv, lambda found: PRESETS[found.preset] | LINEAR_PROBE
-                        if found.linear_probe else PRESETS[found.preset])
+    args = parser.parse(argv, PRESETS, LINEAR_PROBE)
     name = "scratch" if args.scratch else "finetune"
     for mode in ("trainable_blocks", "reinit_blocks", "linear_probe", "knn"):
-        value = getattr(args, mode)
-        if value is not None and value is not False:
-            name += "-" + mode.replace("_", "-") + (f"-{value}" if value is not True else "")
+        if getattr(args, mode) not in (None, False):
+            name += f"{options.option(mode)[1:]}-{getattr(args, mode)}".removesuffix("-True")
     args.out = args.out or f"runs/{args.preset}-{name}"
     options.check_run(args)
     return args
@@ -166,43 +153,31 @@ def start_from(args):
     """(Config, the encoder's state_dict or None for --scratch) to start from; raises BadInput."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
     if args.scratch:
-        sizes = {**SIZES[args.size], **given}
-        sizes["taps"] = (sizes.get("depth", Config.depth),)
-        config, state = options.naming_option(Config, **sizes), None
+        sizes = {"depth": Config.depth, **SIZES[args.size], **given}
+        config, state = options.naming_option(Config, **sizes, taps=(sizes["depth"],)), None
     else:
         config, state = checkpoint.read_encoder(args.init, args.heads)
         for name, value in given.items():
-            if name != "image_size" and value != getattr(config, name):
-                raise BadInput(f"{options.option(name)}: {args.init} has {getattr(config, name)}, "
-                               f"not {value}; leave the option out")
-        config = options.naming_option(replace, config, image_size=args.image_size or config.image_size)
-    for name in ("trainable_blocks", "reinit_blocks"):
-        if (getattr(args, name) or 0) > config.depth:
-            raise BadInput(f"{options.option(name)}: {getattr(args, name)} is more than the "
-                           f"encoder's {config.depth} blocks")
+            holds = name == "image_size" or value == getattr(config, name)
+            require(holds, f"{options.option(name)}: {args.init} has {getattr(config, name)}")
+        image_size = args.image_size or config.image_size
+        config = options.naming_option(replace, config, image_size=image_size)
+    trained, fresh, most = args.trainable_blocks or 0, args.reinit_blocks or 0, config.depth
+    require(trained <= most, f"--trainable-blocks: {trained} is more than the encoder's {most}")
+    require(fresh <= most, f"--reinit-blocks: {fresh} is more than the encoder's {most}")
     return config, state
-
-
-def load_images(args, config, machine):
-    """(labelled images to train on, and held out) of --data; raises BadInput."""
-    train, held_out = data.find(args.data, machine, args.limit, args.hold_out, args.skip_damaged)
-    if len(train.classes or ()) < 2:
-        raise BadInput(f"--data: {args.data} has no classes to tell apart; train/<class>/* is "
-                       "needed, and val/ or test/ beside train/")
-    name = "knn_k" if args.knn else "batch_size"
-    options.check_enough(name, getattr(args, name), train)
-    further = v2.RandAugment(magnitude=args.randaugment) if args.randaugment else None
-    images = data.prepare(train, config, machine, args.workers, CROP_SCALE, further)
-    return images, data.prepare(held_out, config, machine, args.workers)
 
 
 def make_classifier(args, config, state, classes, machine):
     """The Classifier to train, with weights copied and layers frozen as the options say."""
     model = Classifier(config, classes, args.pool, args.linear_probe)
     if state is not None:
-        copied = checkpoint.load_encoder(model.encoder, state, args.init, args.reinit_blocks or 0)
-        left = checkpoint.summary(name for name in state if name not in copied)
-        machine.print(f"loaded from {args.init}: {checkpoint.summary(copied)}; left out: {left}")
+        at_random = copy.deepcopy(model.encoder.blocks)
+        checkpoint.load_encoder(model.encoder, state, args.init)
+        for i in range(config.depth - (args.reinit_blocks or 0), config.depth):
+            model.encoder.blocks[i] = at_random[i]
+        left = {name.split(".")[0] for name in state if name not in model.encoder.state_dict()}
+        machine.print(f"{args.init}: its encoder, left out: {', '.join(sorted(left)) or 'nothing'}")
     if args.trainable_blocks is not None:
         freeze(model, args.trainable_blocks)
     if args.linear_probe:
@@ -213,20 +188,12 @@ def make_classifier(args, config, state, classes, machine):
 
 # --------------------------------------------------------------------------------------- training
 
-
-def mixing(mixup, cutmix, classes):
-    """MixUp or CutMix, by chance for each batch where both are above 0; None for neither.
-
-    images, labels (B,) → images, shares of classes (B, classes)
-    """
-    ways = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
-    ways += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
-    return v2.RandomChoice(ways) if ways else None
-
-
 def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine):
-    """One pass over the training images: the mean loss and the last learning rate."""
-    mix = mixing(args.mixup, args.cutmix, len(images.classes))
+    """One pass over the training images: the mean loss and the last learning rate.
+    args has batch_size, accumulate, seed, smoothing, mixup, cutmix and erasing."""
+    mixing, n = [], len(images.classes)
+    for way, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)):
+        mixing += [way(alpha=alpha, num_classes=n)] if alpha else []
     erase = v2.RandomErasing(args.erasing, value="random")
     steps = len(images) // args.batch_size
     losses = torch.zeros(steps, 1, device=machine.device)
@@ -241,8 +208,8 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
             torch.manual_seed(randomness(*key).initial_seed())  # for mixing and stochastic depth
             if args.erasing:
                 batch = data.in_groups(erase, batch, *key, "erasing")
-            if mix:
-                batch, labels = mix(batch, labels)
+            if mixing:
+                batch, labels = v2.RandomChoice(mixing)(batch, labels)
             with gradients_averaged(model, last=part + 1 == args.accumulate):
                 with machine.autocast():
                     logits = model(batch)
@@ -254,7 +221,7 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
         optimizer.zero_grad(set_to_none=True)
 
         bar.update(args.batch_size)
-        if machine.may_look(step, steps):
+        if machine.device.type == "cpu" or step % 10 == 9:  # a GPU has to wait for it
             check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, ["the loss"])
             bar.set_postfix(loss=f"{losses[step].item():.4f}", lr=f"{lr:.1e}", refresh=False)
     bar.close()
@@ -262,7 +229,6 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
 
 
 # -------------------------------------------------------------------------------------- measuring
-
 
 @torch.no_grad()
 def evaluate(model, images, machine):
@@ -285,70 +251,49 @@ def evaluate(model, images, machine):
 @torch.no_grad()
 def all_features(model, images, machine):
     """Features (n, D) and labels (n,) of all images."""
-    model.eval()
-    features, labels = [], []
-    for batch, batch_labels in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH)):
+    rows = []
+    for batch, labels in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH)):
         with machine.autocast():
-            features.append(model.features(batch).float())
-        labels.append(batch_labels)
-    return torch.cat(features), torch.cat(labels)
+            rows.append((model.eval().features(batch).float(), labels))
+    return [torch.cat(parts) for parts in zip(*rows)]
 
 
-def knn_votes(queries, features, labels, classes, k, temperature):
+def knn_votes(queries, features, labels, classes, k, temperature=0.07):
     """Weighted nearest neighbours (Wu et al. 2018), of features of unit length.
-
     queries (Q, D), features (n, D), labels (n,) → votes (Q, classes)
-    Each of the k most similar features adds exp((similarity − 1) / temperature) to its label.
-    """
-    similarity, nearest = (queries @ features.T).topk(k, dim=1)  # (Q, k)
+    Each of the k most similar features adds exp((similarity − 1) / temperature) to its label."""
+    similarity, nearest = (queries @ features.T).topk(min(k, len(features)), dim=1)  # (Q, k)
     votes = torch.zeros(len(queries), classes, device=queries.device)
     return votes.scatter_add(1, labels[nearest], ((similarity - 1) / temperature).exp())
 
 
 def nearest_neighbours(model, images, held_out, k, machine):
     """Accuracy of knn_votes on the held-out images, among the training images.
-
     Features are standardised over the training images: what all of them share, which is most of a
-    feature after reconstruction, would drown what tells them apart.
-    """
+    feature after reconstruction, would drown what tells them apart."""
     features, labels = all_features(model, images, machine)
     queries, wanted = all_features(model, held_out, machine)
     deviation, mean = torch.std_mean(features, dim=0)  # two (D,)
     features = F.normalize((features - mean) / (deviation + 1e-6), dim=1)
     queries = F.normalize((queries - mean) / (deviation + 1e-6), dim=1)
-    right = 0
-    for some, labels_wanted in zip(queries.split(EVALUATION_BATCH), wanted.split(EVALUATION_BATCH)):
-        votes = knn_votes(some, features, labels, len(images.classes), k, TEMPERATURE)
-        right += (votes.argmax(dim=1) == labels_wanted).sum().item()
-    return right / len(queries)
+    votes = [knn_votes(some, features, labels, len(images.classes), k)
+             for some in queries.split(EVALUATION_BATCH)]
+    return (torch.cat(votes).argmax(dim=1) == wanted).float().mean().item()
 
 
 def evaluate_checkpoint(args, machine):
     """--eval: print loss and accuracy of a fine-tuned model on the held-out images of --data."""
-    content = checkpoint.read(args.init) if args.init else None
-    if not isinstance(content, dict) or "classes" not in content:
-        raise BadInput(f"--eval: {args.init} has no classifier; finetune.py writes a model.pt with one")
+    content = checkpoint.read(args.init or "")
+    holds = isinstance(content, dict) and "classes" in content
+    require(holds, f"--eval: {args.init} has no classifier; finetune.py writes one")
     config, state = checkpoint.read_model(args.init)
-    classes = content["classes"]
+    classes, part = content["classes"], data.find_held_out(args.data, machine)
+    require(part.classes == classes, f"--data: {args.init} knows {', '.join(classes)}, and not "
+            f"{', '.join(part.classes or ['images without classes'])}")
     model = Classifier(config, len(classes), content["pool"], content["linear_probe"])
     checkpoint.load_weights(model, state, args.init)
-    part = data.find_held_out(args.data, machine)
-    if part.classes != classes:
-        raise BadInput(f"--data: {args.data} has the classes {', '.join(part.classes or ())}; "
-                       f"{args.init} knows {', '.join(classes)}")
     images = data.prepare(part, config, machine, args.workers)
     machine.print(json.dumps(evaluate(model.to(machine.device), images, machine)))
-
-
-def draw_curves(path, history, title):
-    """Write a PNG: losses and validation accuracy over epochs (the paper's fine-tuning figure)."""
-    figure, (left, right) = figures.panels(2, title)
-    epochs = [line["epoch"] for line in history]
-    curves = {name: (epochs, [line[name] for line in history]) for name in ("train_loss", "val_loss")}
-    figures.lines(left, curves, "epoch", "cross-entropy")
-    accuracy = [100 * line["val_accuracy"] for line in history]
-    figures.lines(right, {"val_accuracy": (epochs, accuracy)}, "epoch", "%")
-    figures.save(figure, path)
 
 
 def main(argv=None):
@@ -359,24 +304,27 @@ def main(argv=None):
     if args.eval:
         return evaluate_checkpoint(args, machine)
     config, state = start_from(args)
-    images, held_out = load_images(args, config, machine)
-    classes, depth = images.classes, config.depth
+    train, held_out = data.find(args.data, machine, args.limit, args.hold_out, args.skip_damaged,
+                                args.workers, 1 if args.knn else args.batch_size)
+    classes, depth = train.classes, config.depth
+    require(len(classes or ()) > 1, f"--data: {args.data} has no classes to tell apart; "
+            "train/<class>/* is needed, and val/ or test/ beside train/")
+    further = v2.RandAugment(magnitude=args.randaugment) if args.randaugment else None
+    images = data.prepare(train, config, machine, args.workers, CROP_SCALE, further)
+    held_out = data.prepare(held_out, config, machine, args.workers)
     model = make_classifier(args, config, state, len(classes), machine)
     run = Run(args.out, vars(args), machine, args.resume)
     if args.knn:
         run.open()
         accuracy = nearest_neighbours(model, images, held_out, args.knn_k, machine)
         machine.print(f"{args.knn_k} nearest neighbours: accuracy {accuracy:.2%}")
-        if machine.is_main_process:
-            result = {"val_accuracy": accuracy, "options": run.options}
-            write_json(run.path / "result.json", result)
-        return None
+        return run.write_result({"val_accuracy": accuracy})
 
     steps = len(images) // args.batch_size
-    schedule = make_schedule(args.lr, args.blr, args.batch_size, args.epochs, args.warmup_epochs, steps)
+    schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)
     optimizer = make_optimizer(model, args.weight_decay, args.beta2,
                                lambda name: layer_decay(name, depth, args.layer_decay))
-    scaler, network = make_scaler(machine), distribute(model, machine, args.compile)
+    scaler, network = machine.grad_scaler(), distribute(model, machine, args.compile)
     for epoch in run.epochs(args.epochs, model, optimizer, scaler):
         begin = time.perf_counter()
         loss, lr = train_epoch(network, images, optimizer, scaler, schedule, epoch, args, machine)
@@ -387,11 +335,11 @@ def main(argv=None):
         run.finish_epoch(record, {
             "config": asdict(config), "model": model.state_dict(), "classes": classes,
             "pool": args.pool, "linear_probe": args.linear_probe})
-        line = (f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation "
-                f"{record['val_loss']:.4f}, accuracy {record['val_accuracy']:.2%}")
-        machine.print(f"{line}  {speed:.0f} images/s")
+        machine.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation "
+                      f"{record['val_loss']:.4f}, accuracy {record['val_accuracy']:.2%}  "
+                      f"{speed:.0f} images/s")
         if machine.is_main_process:  # after what matters is safe
-            draw_curves(run.path / "curves.png", run.history, f"{run.path}: {line}")
+            figures.save(figures.training_curves({"": run.history}), run.path / "curves.png")
 
 
 if __name__ == "__main__":

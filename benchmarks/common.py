@@ -1,22 +1,35 @@
-"""What the benchmarks share: clocks, turns and ratios, processes of their own, options, and the JSON."""
+"""What the benchmarks share: options, turns and ratios, a process apart, tables and JSON."""
 
-import argparse
-import json
 import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
+from argparse import BooleanOptionalAction
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import torchvision
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from deepmim import SIZES
+from support.options import Parser
+from support.run import make_directory, write_json
 
-import engine  # noqa: E402  it lies one folder up
+
+def parser(description, rounds=None, sizes=None):
+    """A Parser with --out; with --rounds, and --sizes and what a step needs, if given defaults."""
+    made = Parser(description=description.split("\n")[0])
+    made.add_argument("--out", type=Path, help="directory for a JSON file with the figures")
+    if rounds:
+        made.add_argument("--rounds", type=int, default=rounds, help="of which the median counts")
+    if sizes:
+        made.add_argument("--sizes", nargs="+", choices=SIZES, default=sizes,
+                          help="nano: 96 wide, tiny: 192 wide, base: ViT-B/16")
+        made.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: the fastest")
+        made.add_argument("--amp", action=BooleanOptionalAction, default=True,
+                          help="mixed precision")
+    return made
 
 
 def synchronize(device):
@@ -28,16 +41,16 @@ def synchronize(device):
 
 
 def take_turns(ways, rounds, device, warm_up=1):
-    """Seconds that each of ways, {name: function without arguments}, takes: {name: [one per round]}.
-
-    In a round all take turns, so that a machine that slows down slows down all; rounds to warm up come before.
-    """
+    """Seconds of each of ways, {name: function without arguments}: {name: [one per round]}.
+    All take turns in a round, in an order that alternates, so a machine that slows down slows down
+    all. Rounds to warm up come first."""
     seconds = {name: [] for name in ways}
     for number in range(warm_up + rounds):
-        for name, way in ways.items():
+        names = list(ways) if number % 2 else reversed(ways)
+        for name in names:
             synchronize(device)
             begin = time.perf_counter()
-            way()
+            ways[name]()
             synchronize(device)
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - begin)
@@ -46,65 +59,43 @@ def take_turns(ways, rounds, device, warm_up=1):
 
 def ratio(spent, reference):
     """The median of the ratios of two lists of seconds, round by round."""
-    return statistics.median(a / b for a, b in zip(spent, reference))
+    return round(statistics.median(a / b for a, b in zip(spent, reference)), 3)
 
 
-def in_own_process(function, *arguments):
-    """What a function of a module, not a lambda, returns when called in a fresh process."""
+def rate(count, spent):
+    """Things per second, where `count` of them took the median of a list of seconds."""
+    return round(count / statistics.median(spent), 1)
+
+
+def in_own_process(function, *args):
+    """What a module's function returns in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(function, *args).result()
 
 
-def parser(description, rounds=None):
-    """A parser with --out and, with `rounds` as its default, --rounds."""
-    made = argparse.ArgumentParser(description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    if rounds:
-        made.add_argument("--rounds", type=int, default=rounds, help="rounds, of which the median counts")
-    made.add_argument("--out", type=Path, help=f"directory for {result_name()}")
-    return made
+def table(title, rows):
+    """Print rows, dicts with the same keys, as a Markdown table; returns them."""
+    print(f"\n{title}\n\n| {' | '.join(key.replace('_', ' ') for key in rows[0])} |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        cells = [f"{cell:,}" if type(cell) in (int, float) else str(cell) for cell in row.values()]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return rows
 
 
-def add_machine_options(to):
-    """--precision and --device, for machine_of."""
-    to.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help="what engine.py chooses when not given")
-    to.add_argument("--device", default=engine.best_device(), help="cuda, mps or cpu")
-
-
-def machine_of(options):
-    """The engine.Machine of a process that runs alone with these options."""
-    device = engine.find_device(options.device)
-    return engine.Machine(device, 0, 1, getattr(torch, options.precision) if options.precision else engine.mixed_precision(device))
-
-
-def processor():
-    """The name of the CPU, where the system tells; else its kind."""
+def finish(name, args, results):
+    """Print what figures depend on; with --out write it and the results to OUT/name.json."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor() or platform.machine())
-
-
-def conditions():
-    """What a figure depends on beside the code: command, day, hardware and versions."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "processor": processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), **gpu, "torch": torch.__version__, "torchvision": torchvision.__version__}
-
-
-def describe(machine=None):
-    """The same in a line, for people."""
-    found = conditions()
-    return ", ".join([found.get("gpu", found["processor"]), f"{found['cores']} cores", *([str(machine)] if machine else []),
-                      f"torch {found['torch']}", f"torchvision {found['torchvision']}"])
-
-
-def result_name():
-    """The file that a script's figures go to, such as pretrain.json."""
-    return Path(sys.argv[0]).stem + ".json"
-
-
-def write(folder, **figures):
-    """Conditions and figures as JSON in a folder, or nothing where it is None."""
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / result_name()).write_text(json.dumps({**conditions(), **figures}, indent=2) + "\n")
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    conditions = {
+        "date": time.strftime("%Y-%m-%d"), "processor": (models or [platform.machine()])[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__}
+    print("\n" + ", ".join(f"{key} {value}" for key, value in conditions.items()))
+    if args.out:
+        make_directory(args.out)
+        options = {key: value for key, value in vars(args).items() if key != "out"}
+        figures = {"command": f"python -m benchmarks.{name}", "options": options, **conditions}
+        write_json(args.out / f"{name}.json", {**figures, "results": results})

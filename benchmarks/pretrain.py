@@ -1,22 +1,20 @@
-"""How fast a pre-training step is, beside other packages' MAE, beside what the machine can do, and where its time goes.
+"""How fast a pre-training step is: beside other packages' MAE, and beside what the machine can do.
 
-    pip install -r benchmarks/requirements.txt     # for the peers; without them only ours is measured
-    python benchmarks/pretrain.py                  # preset cifar10-nano, batch 256
-    python benchmarks/pretrain.py --sizes nano tiny base --rounds 5 --out results/speed
+    pip install -r benchmarks/requirements.txt     # the peers; without them only ours is measured
+    python -m benchmarks.pretrain                  # 96 wide, batch 256
+    python -m benchmarks.pretrain --sizes nano tiny base --out benchmarks/results
 
-A step is forward, backward and AdamW; ours draws its masks from a seed in it, as train.py does. Rounds of all contestants
-take turns, so that a machine that slows down slows down all; a ratio is the median of those of each round.
-transformers also runs in float32, which is what its users get who ask for nothing else.
-Prints Markdown tables; with --out it writes OUT/pretrain.json too.
+A step is forward, backward and AdamW; ours draws its masks in it, as train.py does. All contestants
+take turns, and a ratio is the median of those of each round. transformers also runs in float32,
+which is what its users get who ask for nothing else.
 """
 
-import argparse
 import collections
 import dataclasses
+import functools
 import platform
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -25,104 +23,84 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import deepmim
+from benchmarks import common, peers
+from deepmim import SIZES, Config
+from support import data, options
+from support.machine import distribute, start
+from support.optimizer import make_optimizer, randomness
+from support.shapes import make_shapes
 
-import cli  # noqa: E402  this, data.py and engine.py lie one folder up,
-import common  # noqa: E402  these two here
-import data  # noqa: E402
-import engine  # noqa: E402
-import peers  # noqa: E402
-from deepmim import Config, DeepMIM  # noqa: E402
-
-OURS = {"ours, MAE": (12,), "ours, DeepMIM": (6, 8, 10, 12)}
-BATCHES = {"nano": 256, "tiny": 256, "base": 8}  # images per step where none is given; the last in a few GB
-IN_FLOAT32 = "transformers in float32"
+OURS = {"ours, MAE": (12,), "ours, DeepMIM": (6, 8, 10, 12)}  # their taps
+BATCHES = {"nano": 256, "tiny": 256, "base": 8}  # images per step; the last in a few GB
+IN_FLOAT32 = " in float32"
 STEPS = 3  # in a round
 KINDS = {  # of operations, by how their names begin
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm"), "attention kernel": ("_scaled_dot_product",),
-    "GELU": ("gelu",), "layer norm": ("native_layer_norm",), "softmax": ("_softmax",), "AdamW": ("_fused_adamw_",),
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
+    "attention kernel": ("_scaled_dot_product",), "GELU": ("gelu",),
+    "layer norm": ("native_layer_norm",), "softmax": ("_softmax",), "AdamW": ("_fused_adamw_",),
     "copies": ("copy_", "cat", "clone"), "sums and products": ("add", "sum", "mul", "div")}
 
 
 class Trainee:
-    """A contestant with its optimiser, and one training step of it; `changes` go over the Config of its name and size."""
-
-    def __init__(self, name, size, machine, found, compile=False, checkpoint_activations=False, **changes):
+    """A contestant with its optimizer; `changes` go over the Config of its name and size.
+    source is the module that ours comes from."""
+    def __init__(self, name, size, machine, compile=False, source=deepmim, **changes):
         torch.manual_seed(0)
-        self.config = Config(**{**cli.MODELS[size], "taps": OURS.get(name, (12,)), **changes})
-        self.ours, self.machine = name in OURS, dataclasses.replace(machine, dtype=torch.float32) if name == IN_FLOAT32 else machine
-        self.model = (DeepMIM if self.ours else found[name])(self.config).to(machine.device).train()
-        engine.distribute(self.model, machine, argparse.Namespace(compile=compile, checkpoint_activations=checkpoint_activations))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+        sizes = {**SIZES[size], "taps": OURS.get(name, (12,)), **changes}
+        self.config, self.machine, self.ours = Config(**sizes), machine, name in OURS
+        if name.endswith(IN_FLOAT32):
+            self.machine = dataclasses.replace(machine, dtype=torch.float32)
+        if self.ours:
+            model = source.DeepMIM(source.Config(**sizes))
+        else:
+            model = peers.PEERS[name.removesuffix(IN_FLOAT32)](self.config)
+        self.model = distribute(model.to(machine.device).train(), machine, compile)
+        self.optimizer = make_optimizer(model, weight_decay=0.05, beta2=0.95)
 
     def step(self, images, key=0):
-        """One step on images (B, C, H, H), ours with the masks of `key`; returns the loss."""
+        """One step on images (B, C, H, H), ours with the masks of `key`."""
         with self.machine.autocast():
             if self.ours:
-                noise = torch.rand(len(images), self.config.patches, generator=data.randomness("mask", key))
+                generator = randomness("mask", key)
+                noise = torch.rand(len(images), self.config.patches, generator=generator)
                 loss = self.model(images, noise.to(images.device)).loss
             else:
                 loss = self.model(images)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss
+
+    def steps(self, batches):
+        """A step on each of a list of batches."""
+        for key, images in enumerate(batches):
+            self.step(images, key)
 
 
-def measure(trainees, images, rounds, batch_size, machine):
-    """Seconds per step, {name: [one per round]}, of loading alone, and of each trainee without it."""
-    seconds = {name: [] for name in ("loading", *trainees)}
-    for number in range(rounds + 1):  # the first is to warm up
-        order = data.epoch_order(len(images), batch_size, 0, number)[:STEPS]
-        begin = time.perf_counter()
-        batches = [batch for batch, _ in images.batches(order, (0, number))]
-        common.synchronize(machine.device)
-        spent = {"loading": time.perf_counter() - begin}
-        for name, trainee in trainees.items():
-            begin = time.perf_counter()
-            for key, batch in enumerate(batches):
-                trainee.step(batch, (number, key))
-            common.synchronize(machine.device)
-            spent[name] = time.perf_counter() - begin
-        if number:
-            for name, value in spent.items():
-                seconds[name].append(value / len(order))
-    return seconds
-
-
-# ------------------------------------------------------------------------------ the machine's limit
+# --------------------------------------------------------------------------- the machine's limit
 
 
 def products(config, batch_size):
-    """The matrix products of a forward pass, {(rows, in, out): how many}, without those inside attention."""
+    """The matrix products of a forward pass, {(rows, in, out): how many}, but for attention's."""
     count = collections.Counter()
+    visible = int(config.patches * (1 - config.mask_ratio))
+    encoder, decoder = config.dim, config.decoder_dim
 
     def blocks(number, tokens, dim):
         for shape in ((dim, 3 * dim), (dim, dim), (dim, 4 * dim), (4 * dim, dim)):
             count[batch_size * tokens, *shape] += number
 
-    count[batch_size * config.visible, config.patch_dim, config.dim] += 1
-    blocks(config.depth, 1 + config.visible, config.dim)
+    count[batch_size * visible, config.patch_dim, encoder] += 1
+    blocks(config.depth, 1 + visible, encoder)
     for _ in config.taps:
-        count[batch_size * (1 + config.visible), config.dim, config.decoder_dim] += 1
-        blocks(config.decoder_depth, 1 + config.patches, config.decoder_dim)
-        count[batch_size * config.patches, config.decoder_dim, config.patch_dim] += 1
+        count[batch_size * (1 + visible), encoder, decoder] += 1
+        blocks(config.decoder_depth, 1 + config.patches, decoder)
+        count[batch_size * (config.patches - visible), decoder, config.patch_dim] += 1
     return count
 
 
-def step_flops(config, batch_size):
-    """Floating-point operations of a step by formula: each product forward, and for both of its inputs backward.
-
-    Attention adds two products of (T, T) matrices per block. The pixels need no gradient.
-    """
-    linear = sum(2 * rows * wide * out * number for (rows, wide, out), number in products(config, batch_size).items())
-    attention = 4 * batch_size * (config.depth * (1 + config.visible) ** 2 * config.dim
-                                  + len(config.taps) * config.decoder_depth * (1 + config.patches) ** 2 * config.decoder_dim)
-    return 3 * (linear + attention) - 2 * batch_size * config.visible * config.patch_dim * config.dim
-
-
-def counted_flops(trainee, images):
-    """The same, as torch counts it while a step runs."""
+def step_flops(trainee, images):
+    """Operations of a step, as torch counts them while it runs."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # the counter knows no fused attention on CPUs
         trainee.step(images)
@@ -130,10 +108,11 @@ def counted_flops(trainee, images):
 
 
 def product_rate(config, batch_size, machine):
-    """Operations per second of the step's own matrix products alone, forward and backward, in its precision."""
+    """Operations per second of a step's matrix products alone, forward and backward."""
     spent, flops = 0.0, 0
     for (rows, wide, out), number in products(config, batch_size).items():
-        x, w, g = (torch.randn(shape, device=machine.device).to(machine.dtype) for shape in ((rows, wide), (out, wide), (rows, out)))
+        shapes = (rows, wide), (out, wide), (rows, out)
+        x, w, g = [torch.randn(s, device=machine.device).to(machine.dtype) for s in shapes]
         times = []
         for _ in range(5):
             begin = time.perf_counter()
@@ -148,95 +127,97 @@ def product_rate(config, batch_size, machine):
 def where_time_goes(trainee, images):
     """Shares of a step's time by kind of operation, on the device that computes."""
     on_gpu = trainee.machine.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as record:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu]) as record:
         trainee.step(images)
-    shares = collections.Counter()
+    shares = dict.fromkeys([*KINDS, "other"], 0)
     for event in record.key_averages():
-        name, spent = event.key.removeprefix("aten::"), event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        kind = next((kind for kind, beginnings in KINDS.items() if name.startswith(beginnings)), "other")
-        shares[kind] += spent
-    return {kind: round(spent / sum(shares.values()), 3) for kind, spent in shares.most_common()}
+        name = event.key.removeprefix("aten::")
+        kinds = [kind for kind, starts in KINDS.items() if name.startswith(starts)]
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        shares[(kinds or ["other"])[0]] += spent
+    total = sum(shares.values())
+    return {kind: round(spent / total, 3) for kind, spent in shares.items()}
 
 
-def peak_memory(batch_size, name, size, machine, found, **changes):
-    """Bytes that a step of this Trainee adds to a process at its peak; measured in a process of its own."""
-    return common.in_own_process(own_peak, batch_size, name, size, machine, found, changes)
+# ----------------------------------------------------------------------------------------- memory
 
 
-def own_peak(batch_size, name, size, machine, found, changes):
+def peak_mb(batch_size, name, size, machine, **changes):
+    """What a step of this Trainee adds to a process at its peak; measured in a process apart."""
+    return common.in_own_process(own_peak, batch_size, name, size, machine, changes)
+
+
+def own_peak(batch_size, name, size, machine, changes):
     """The same, in this process; a GPU counts for itself."""
-    side = changes.get("image_size", cli.MODELS[size]["image_size"])
-    images = torch.randn(batch_size, 3, side, side, device=machine.device)
-    Trainee(name, "nano", machine, found)  # so that a peer's package is loaded, which is not a step's memory
+    Trainee(name, "nano", machine)  # loads a peer's package, which is not a step's memory
     before = peak_resident(reset=True)
-    trainee = Trainee(name, size, machine, found, **changes)
-    for _ in range(2):
-        trainee.step(images)
-    return torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else peak_resident() - before
+    trainee = Trainee(name, size, machine, **changes)
+    side = trainee.config.image_size
+    trainee.steps([torch.randn(batch_size, 3, side, side, device=machine.device)] * 2)
+    on_gpu = machine.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident() - before
+    return round(peak / 1e6)
 
 
 def peak_resident(reset=False):
-    """The largest memory that this process has had, in bytes; on Linux, since the last reset, which loading torch makes needed."""
+    """The most bytes this process has had; on Linux since a reset, which loading torch asks for."""
     if platform.system() != "Linux":
         unit = 1 if platform.system() == "Darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-# --------------------------------------------------------------------------------------- the tables
+# ------------------------------------------------------------------------------------- comparing
 
 
-def compare(size, options, machine):
-    """Measure one size; print its tables; return its figures."""
-    image_size, batch_size = cli.MODELS[size]["image_size"], options.batch_size or BATCHES[size]
-    images = data.InMemory(*data.make_shapes(STEPS * batch_size, "benchmark", side=image_size), None, image_size, machine.device)
-    trainees = {name: Trainee(name, size, machine, {}) for name in OURS}
-    found = peers.available()
-    if "transformers" in found and machine.dtype != torch.float32:
-        found[IN_FLOAT32] = found["transformers"]
-    trainees |= {name: Trainee(name, size, machine, found) for name in found}
-    seconds = measure(trainees, images, options.rounds, batch_size, machine)
-
-    batch = next(images.batches([torch.arange(batch_size)]))[0]
-    rows = []
+def compare(size, names, batch_size, rounds, machine):
+    """Measure one size: its tables."""
+    trainees = {name: Trainee(name, size, machine) for name in names}
+    config = trainees["ours, MAE"].config
+    pixels, labels = make_shapes(STEPS * batch_size, "benchmark", side=config.image_size)
+    images = data.InMemory(pixels, labels, None, config.image_size, machine.device)
+    order = data.epoch_order(len(images), batch_size, 0, 0)
+    batches = [batch for batch, _ in images.batches(order, (0, 0))]
+    ways = {"loading": lambda: list(images.batches(order, (0, 0)))}
     for name, trainee in trainees.items():
-        middle = statistics.median(seconds[name])
-        rows.append({"name": name, "images_per_second": round(batch_size / middle, 1),
-                     "times_our_mae": round(common.ratio(seconds[name], seconds["ours, MAE"]), 3),
-                     "peak_mb": round(peak_memory(batch_size, name, size, machine, found) / 1e6)})
+        ways[name] = functools.partial(trainee.steps, batches)
+    seconds = common.take_turns(ways, rounds, machine.device)
+
+    speed, limits, times = [], [], []
+    for name, trainee in trainees.items():
+        speed.append({"step": name, "images_per_second": common.rate(len(images), seconds[name]),
+                      "times_our_mae": common.ratio(seconds[name], seconds["ours, MAE"]),
+                      "peak_mb": peak_mb(batch_size, name, size, machine)})
         if trainee.ours:
-            flops, counted = step_flops(trainee.config, batch_size), counted_flops(trainee, batch)
+            flops = step_flops(trainee, batches[0])
             limit = product_rate(trainee.config, batch_size, machine)
-            rows[-1] |= {"gigaflops_of_a_step": round(flops / 1e9, 1), "counted": round(counted / 1e9, 1), "limit_gflops": round(limit / 1e9),
-                         "share_of_limit": round(flops / middle / limit, 3), "time": where_time_goes(trainee, batch),
-                         "loading_share": round(statistics.median(seconds["loading"]) / middle, 4)}
-
-    print(f"\n{size}, {common.describe(machine)}, batch {batch_size}, median of {options.rounds} rounds of {STEPS} steps\n")
-    print("| step with AdamW | images/s | seconds, in those of our MAE | peak memory, MB |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['name']} | {row['images_per_second']:,} | {row['times_our_mae']:.2f} | {row['peak_mb']:,} |")
-    print("\n| | GFLOP a step (counted by torch) | matrix products alone, GFLOP/s | share of that reached | loading | where the time goes |\n|---|---|---|---|---|---|")
-    for row in rows[:2]:
-        parts = ", ".join(f"{kind} {share:.0%}" for kind, share in row["time"].items() if share >= 0.02)
-        print(f"| {row['name']} | {row['gigaflops_of_a_step']} ({row['counted']}) | {row['limit_gflops']} | {row['share_of_limit']:.0%} "
-              f"| {row['loading_share']:.1%} of the step | {parts} |")
-    return {"size": size, "batch_size": batch_size, "rows": rows}
+            share = flops * STEPS / statistics.median(seconds[name]) / limit
+            limits.append({"step": name, "gigaflops": round(flops / 1e9, 1),
+                           "products_alone_gflops_per_second": round(limit / 1e9),
+                           "share_of_that_reached": round(share, 3),
+                           "loading_over_step": common.ratio(seconds["loading"], seconds[name])})
+            times.append({"share_of_time": name, **where_time_goes(trainee, batches[0])})
+    title = f"{size}, {machine}, batch {batch_size}, median of {rounds} rounds of {STEPS} steps"
+    return [common.table(title, rows) for rows in (speed, limits, times)]
 
 
-def main():
-    """Measure, print the tables, write the JSON."""
-    parser = common.parser(__doc__, rounds=5)
-    parser.add_argument("--sizes", nargs="+", choices=cli.MODELS, default=["nano"], help="nano: 96 wide, tiny: 192 wide, base: ViT-B/16")
-    parser.add_argument("--batch-size", type=int, help="images per step; 256 when not given, 8 for base")
-    common.add_machine_options(parser)
-    options = parser.parse_args()
-    machine = common.machine_of(options)
-    results = [compare(size, options, machine) for size in options.sizes]
-    common.write(options.out, machine=str(machine), rounds=options.rounds, results=results)
+def main(argv=None):
+    """Measure every size."""
+    parser = common.parser(__doc__, rounds=5, sizes=["nano"])
+    parser.add_argument("--batch-size", type=int, help="default: 256, for base 8")
+    args = parser.parse(argv)
+    machine, names = start(args.device, args.amp), [*OURS, *peers.available()]
+    if machine.dtype != torch.float32 and "transformers" in names:
+        names.append("transformers" + IN_FLOAT32)
+    results = {}
+    for size in args.sizes:
+        batch_size = args.batch_size or BATCHES[size]
+        results[size] = compare(size, names, batch_size, args.rounds, machine)
+    common.finish("pretrain", args, results)
 
 
 if __name__ == "__main__":
-    main()
+    options.run(main)

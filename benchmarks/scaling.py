@@ -1,16 +1,16 @@
 """What a pre-training step costs as the work grows: batch, taps, image size, data set, processes.
 
-    python benchmarks/scaling.py                   # 96 wide, all parts
-    python benchmarks/scaling.py --parts batch taps --size tiny --rounds 5 --out results/speed
+    python -m benchmarks.scaling                   # 96 wide, all parts
+    python -m benchmarks.scaling --parts batch taps --sizes tiny --out benchmarks/results
 
-A step is benchmarks/pretrain.py's, and so is the peak memory, measured in a process of its own. Operations per second say
-whether the cost grows with the work or faster. An epoch is train.py's own, loading included. Processes are those of
-torchrun, on CPUs only, with as many threads in all as there are cores. Within a part, rounds take turns.
+A step is that of benchmarks.pretrain. Operations per second say whether the cost grows with the
+work or faster. An epoch is train.py's own, loading included. Processes are those of torchrun, on
+CPUs only, with as many threads in all as there are cores.
 """
 
+import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,18 +18,16 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+import train
+from benchmarks import common, pretrain
+from deepmim import SIZES, Config, PixelTargets
+from support import data, options
+from support.machine import start
+from support.shapes import make_shapes
 
-import cli  # noqa: E402  these lie one folder up
-import common  # noqa: E402  but for this one
-import data  # noqa: E402
-import engine  # noqa: E402
-import pretrain  # noqa: E402  and this one
-import train  # noqa: E402
-
-NAME, TAPS = "ours, DeepMIM", pretrain.OURS["ours, DeepMIM"]
-STEPS = 2  # in a round
+TAPS = (6, 8, 10, 12)
+NAME = "ours, DeepMIM"
+PRESETS = {"nano": "cifar10-nano", "tiny": "cifar10", "base": "imagenet"}  # of each size
 DATA_SETS = (1_000, 4_000, 16_000)
 EPOCH = 4  # steps of an epoch, where processes are compared
 
@@ -39,109 +37,103 @@ def points(part, size, batch_size):
     if part == "batch":
         return {f"batch {number}": (number, {}) for number in (16, 64, 256, 512)}
     if part == "taps":
-        return {f"taps {TAPS[first:]}": (batch_size, {"taps": TAPS[first:]}) for first in (3, 2, 1, 0)}
-    patch = cli.MODELS[size]["patch_size"]
-    smaller = max(1, batch_size // 8)  # attention in the decoders grows with the fourth power of the side
-    return {f"{side} px": (smaller, {"image_size": side}) for side in (8 * patch, 16 * patch, 24 * patch)}
+        return {f"taps {TAPS[i:]}": (batch_size, {"taps": TAPS[i:]}) for i in (3, 2, 1, 0)}
+    patch = Config(**SIZES[size]).patch_size
+    smaller = max(1, batch_size // 8)  # attention grows with the fourth power of the side
+    return {f"{n * patch} px": (smaller, {"image_size": n * patch}) for n in (8, 16, 24)}
 
 
-def steps(part, options, machine):
-    """Cost of a step at each point of a part, as rows."""
-    varied, trainees, ways = points(part, options.size, options.batch_size), {}, {}
+def steps(part, size, batch_size, rounds, machine):
+    """Cost of a step at each point of a part: rows."""
+    varied, flops, ways, rows = points(part, size, batch_size), {}, {}, []
     for label, (number, changes) in varied.items():
-        trainee = trainees[label] = pretrain.Trainee(NAME, options.size, machine, {}, **changes)
-        images = torch.randn(number, 3, trainee.config.image_size, trainee.config.image_size, device=machine.device)
-        ways[label] = lambda trainee=trainee, images=images: [trainee.step(images, key) for key in range(STEPS)]
-    seconds = common.take_turns(ways, options.rounds, machine.device)
-    rows = []
+        trainee = pretrain.Trainee(NAME, size, machine, **changes)
+        side = trainee.config.image_size
+        images = torch.randn(number, 3, side, side, device=machine.device)
+        flops[label] = pretrain.step_flops(trainee, images) / 1e9
+        ways[label] = functools.partial(trainee.steps, [images] * pretrain.STEPS)
+    seconds = common.take_turns(ways, rounds, machine.device)
     for label, (number, changes) in varied.items():
-        middle = statistics.median(seconds[label]) / STEPS
-        flops = pretrain.step_flops(trainees[label].config, number)
-        peak = pretrain.peak_memory(number, NAME, options.size, machine, {}, **changes)
-        rows.append({"name": label, "batch_size": number, "images_per_second": round(number / middle, 1),
-                     "gigaflops_per_image": round(flops / number / 1e9, 3), "gigaflops_per_second": round(flops / middle / 1e9, 1),
-                     "peak_mb": round(peak / 1e6), "peak_mb_per_image": round(peak / number / 1e6, 2)})
+        work = pretrain.STEPS * flops[label]
+        rows.append({"step": label, "batch": number,
+                     "images_per_second": common.rate(pretrain.STEPS * number, seconds[label]),
+                     "gigaflops_per_image": round(flops[label] / number, 3),
+                     "gigaflops_per_second": common.rate(work, seconds[label]),
+                     "peak_mb": pretrain.peak_mb(number, NAME, size, machine, **changes)})
     return rows
 
 
-def epochs(options, machine):
-    """Cost of an image in epochs over data sets of several sizes, as rows."""
-    parser = cli.Parser()
-    cli.add_common_options(parser)
-    recipe = parser.parse_args(["--batch-size", str(options.batch_size)])
-    trainee = pretrain.Trainee(NAME, options.size, machine, {})
-    optimizer = engine.make_optimizer(trainee.model, recipe)
-    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
-    ways = {}
+def epochs(size, batch_size, rounds, machine):
+    """Cost of an image in epochs over data sets of several sizes: rows."""
+    trainee = pretrain.Trainee(NAME, size, machine)
+    config, scaler = trainee.config, machine.grad_scaler()
+    ways, seen = {}, {}
     for count in DATA_SETS:
-        images = data.InMemory(*data.make_shapes(count, "benchmark", side=trainee.config.image_size), None,
-                               trainee.config.image_size, machine.device)
-        ways[count] = lambda images=images: train.train_epoch(trainee.model, None, images, optimizer, scaler, recipe, trainee.config,
-                                                              machine, 0)
+        pixels, labels = make_shapes(count, "benchmark", side=config.image_size)
+        images = data.InMemory(pixels, labels, None, config.image_size, machine.device)
+        ways[count] = functools.partial(
+            train.train_epoch, trainee.model, PixelTargets(config), images, trainee.optimizer,
+            scaler, lambda step: 0.0, 0, config, machine, batch_size, 1, 0)
+        seen[count] = count // batch_size * batch_size  # the rest of a batch is left out
     ways[DATA_SETS[0]]()  # to warm up; with the others it would take long
-    seconds = common.take_turns(ways, options.rounds, machine.device, warm_up=0)
-    seen = {count: count // options.batch_size * options.batch_size for count in DATA_SETS}  # the last, smaller batch is left out
-    return [{"name": f"{count:,} images", "seconds": round(statistics.median(spent), 2),
-             "images_per_second": round(seen[count] / statistics.median(spent), 1),
-             "time_per_image": round(common.ratio([second / seen[count] for second in spent],
-                                                  [second / seen[DATA_SETS[0]] for second in seconds[DATA_SETS[0]]]), 3)}
-            for count, spent in seconds.items()]
+    seconds = common.take_turns(ways, rounds, machine.device, warm_up=0)
+    first, rows = seconds[DATA_SETS[0]], []
+    for count, spent in seconds.items():
+        share = common.ratio(spent, first) * seen[DATA_SETS[0]] / seen[count]
+        rows.append({"data_set": count, "images_per_second": common.rate(seen[count], spent),
+                     "time_per_image": round(share, 3)})
+    return rows
 
 
-def second_epoch(processes, threads, options, machine, out):
+def second_epoch(world, threads, size, batch_size, machine, out):
     """Seconds of train.py's second epoch, when that many processes share a batch."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    sizes = [text for name, value in cli.MODELS[options.size].items() for text in ("--" + name.replace("_", "-"), str(value))]
-    command = [sys.executable, *launcher, "train.py", *sizes, "--epochs", "2", "--batch-size", str(options.batch_size), "--limit",
-               str(EPOCH * options.batch_size), "--device", "cpu", "--out", str(out),
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command = [sys.executable, *(launcher if world > 1 else []), "train.py",
+               "--preset", PRESETS[size], "--data", "shapes", "--warmup-epochs", "0",
+               "--epochs", "2", "--batch-size", str(batch_size),
+               "--limit", str(EPOCH * batch_size), "--device", "cpu", "--out", str(out),
                "--no-amp" if machine.dtype == torch.float32 else "--amp"]
-    done = subprocess.run(command, cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+        raise options.RunFailed(f"{' '.join(command)} failed: {done.stderr}")
     return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["seconds"]
 
 
-def processes(options, machine):
-    """Cost of sharing a batch between two processes, as rows; beside it one process with as many threads, and with half of them."""
+def processes(size, batch_size, rounds, machine):
+    """Cost of sharing a batch between two processes, beside one with as many threads: rows."""
     cores = os.cpu_count()
-    varied = {f"one process, {cores} threads": (1, cores), f"two processes, {cores // 2} threads each": (2, cores // 2),
-              f"one process, {cores // 2} threads": (1, cores // 2)}
-    seconds = {name: [] for name in varied}
+    varied = [(1, cores), (2, cores // 2), (1, cores // 2)]  # processes, threads of each
+    seconds = {way: [] for way in varied}
     with tempfile.TemporaryDirectory() as place:
-        for number in range(options.rounds):
-            for name, (world, threads) in varied.items():
-                out = Path(place) / f"{world}-{threads}-{number}"
-                seconds[name].append(second_epoch(world, threads, options, machine, out))
-    first = next(iter(seconds.values()))
-    return [{"name": name, "images_per_second": round(EPOCH * options.batch_size / statistics.median(spent), 1),
-             "times_one_process": round(common.ratio(spent, first), 3)} for name, spent in seconds.items()]
+        for number in range(rounds):
+            for way in varied:
+                out = Path(place) / f"{way}-{number}"
+                seconds[way].append(second_epoch(*way, size, batch_size, machine, out))
+    return [{"processes": world, "threads_each": threads,
+             "images_per_second": common.rate(EPOCH * batch_size, spent),
+             "times_one_process": common.ratio(spent, seconds[varied[0]])}
+            for (world, threads), spent in seconds.items()]
 
 
-def main():
-    """Measure each part, print its table, write the JSON."""
-    parts = {name: lambda *given, name=name: steps(name, *given) for name in ("batch", "taps", "image")}
+def main(argv=None):
+    """Measure each part."""
+    parts = {name: functools.partial(steps, name) for name in ("batch", "taps", "image")}
     parts |= {"data": epochs, "processes": processes}
-    parser = common.parser(__doc__, rounds=5)
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what to vary")
-    parser.add_argument("--size", choices=cli.MODELS, default="nano", help="nano: 96 wide, tiny: 192 wide, base: ViT-B/16")
-    parser.add_argument("--batch-size", type=int, default=256, help="images per step, where it isn't what varies")
-    common.add_machine_options(parser)
-    options = parser.parse_args()
-    machine = common.machine_of(options)
-    print(f"{options.size}, {common.describe(machine)}, batch {options.batch_size}, median of {options.rounds} rounds")
-    results = {}
-    for part in options.parts:
-        if part == "processes" and (machine.device.type != "cpu" or os.cpu_count() < 2):
-            print("\nprocesses: they are compared on CPUs with two cores or more only")
-            continue
-        results[part] = parts[part](options, machine)
-        names = [name for name in results[part][0] if name != "name"]
-        print(f"\n| {part} | {' | '.join(name.replace('_', ' ') for name in names)} |\n|{'---|' * (1 + len(names))}")
-        for row in results[part]:
-            print(f"| {row['name']} | {' | '.join(f'{row[name]:,}' for name in names)} |")
-    common.write(options.out, machine=str(machine), size=options.size, batch_size=options.batch_size, rounds=options.rounds,
-                 results=results)
+    parser = common.parser(__doc__, rounds=5, sizes=["nano"])
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts], help="what varies")
+    parser.add_argument("--batch-size", type=int, default=256, help="where it isn't what varies")
+    args = parser.parse(argv)
+    machine, results = start(args.device, args.amp), {}
+    if machine.device.type != "cpu" or os.cpu_count() < 2:
+        args.parts = [part for part in args.parts if part != "processes"]
+    for size in args.sizes:
+        for part in args.parts:
+            rows = parts[part](size, args.batch_size, args.rounds, machine)
+            title = f"{part}: {size}, {machine}, batch {args.batch_size}, median of {args.rounds}"
+            results[f"{size}, {part}"] = common.table(title, rows)
+    common.finish("scaling", args, results)
 
 
 if __name__ == "__main__":
-    main()
+    options.run(main)

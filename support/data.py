@@ -1,11 +1,9 @@
 """Images in, augmented batches on the device out.
 
 Small images become an InMemory set: one uint8 tensor on the device, cut and flipped there in
-batches. All others become a Streamed set: files, decoded and augmented by DataLoader workers. Both
-have `len(images)`, `images.classes` and `images.batches(indices, seed)`.
-
-How an image is cut and flipped depends on the seed, the epoch and its index alone: not on the batch
-that it is in, the number of workers or processes, or where a run was interrupted.
+batches. All others become a Streamed set: files, decoded and augmented by DataLoader workers. How
+an image is cut and flipped depends on the seed, the epoch and its index alone: not on its batch,
+the number of workers or processes, or where a run was interrupted.
 """
 
 import itertools
@@ -13,14 +11,14 @@ import math
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
 from support import folder, shapes
 from support.folder import Part
 from support.optimizer import randomness
-from support.options import BadInput
+from support.options import BadInput, require
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, which published MAE weights expect
 STD = torch.tensor([0.229, 0.224, 0.225])
@@ -47,54 +45,43 @@ def cifar10(machine, root="data"):
 SOURCES = {"shapes": lambda machine: shapes.make_parts(), "cifar10": cifar10}  # else a directory
 
 
-def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1):
-    """(the Part to train on, the Part held out) of --data. Raises BadInput.
-
+def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1, batch_size=1):
+    """(the Part to train on, the Part held out) of --data; raises BadInput below batch_size images.
     limit keeps that many training images. hold_out puts this share of the training images in the
-    place of the held-out ones, to choose a recipe without a look at test images. Both choose the
-    same images in every run.
-    """
-    if name in SOURCES:
-        train, held_out = SOURCES[name](machine)
-    elif not name or not Path(name).is_dir():
-        raise BadInput(f"--data: {name!r} is neither shapes, cifar10, nor a directory")
-    else:
-        train, held_out = folder.find(Path(name))
-        if skip_damaged:
-            train = folder.without_damaged(train, machine, workers)
-            held_out = folder.without_damaged(held_out, machine, workers)
+    place of held-out ones, to choose a recipe without a look at test images. Both choose the same
+    images in every run."""
+    train, held_out = SOURCES[name](machine) if name in SOURCES else folder.find(name)
+    if skip_damaged and name not in SOURCES:
+        train = folder.without_damaged(train, machine, workers)
+        held_out = folder.without_damaged(held_out, machine, workers)
     if hold_out:
         train, held_out = train.split(math.ceil(len(train.labels) * hold_out), "hold out")
-    if limit:
-        if limit > len(train.labels):
-            raise BadInput(f"--limit: {limit} is more than {len(train.labels)} training images")
-        train = train.split(limit, "limit")[1]
+    n = len(train.labels)
+    require((limit or 0) <= n, f"--limit: {limit} is more than the {n} training images")
+    train = train.split(limit, "limit")[1] if limit else train
+    n = len(train.labels)
+    require(batch_size <= n, f"--batch-size: {batch_size} is more than the {n} training images")
     return train, held_out
 
 
 def find_held_out(name, machine):
     """The held-out Part of --data; of a directory without train/, all images."""
-    if name not in SOURCES and Path(name).is_dir() and not (Path(name) / "train").is_dir():
-        return folder.labelled(Path(name), [])
-    return find(name, machine)[1]
+    plain = name not in SOURCES and Path(name).is_dir() and not (Path(name) / "train").is_dir()
+    return folder.labelled(Path(name), []) if plain else find(name, machine)[1]
 
 
 def prepare(part, config, machine, workers=0, crop_scale=CROP_SCALE, further=None):
     """A Part as images of config's size that give batches: InMemory where they fit, else Streamed.
-
     crop_scale is RandomResizedCrop's, for Streamed ones; further is another transform of
-    torchvision's, for uint8 images. Both are for training alone.
-    """
-    size, channels = config.image_size, config.channels
-    if channels not in (1, 3):
-        raise BadInput(f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
-    pixels = part.items
+    torchvision's, for uint8 images. Both are for training alone."""
+    size, channels, pixels = config.image_size, config.channels, part.items
+    require(channels in (1, 3), f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
     if not isinstance(pixels, torch.Tensor):
         files = Streamed(part, size, channels, machine.device, workers, crop_scale, further)
         if size > SMALL_IMAGE or len(files) * channels * size**2 > DECODED_BYTES:
             return files
-        chunks, bar = torch.arange(len(files)).split(256), machine.progress(len(files), "decoding")
         pixels = torch.empty(len(files), channels, size, size, dtype=torch.uint8)
+        bar, chunks = machine.progress(len(files), "decoding"), torch.arange(len(files)).split(256)
         for ids, (batch, _) in zip(chunks, files.raw_batches(chunks)):
             pixels[ids] = batch
             bar.update(len(ids))
@@ -106,9 +93,8 @@ def prepare(part, config, machine, workers=0, crop_scale=CROP_SCALE, further=Non
 
 def epoch_order(n, batch_size, seed, epoch):
     """A shuffled epoch: (steps, batch_size) indices below n. A last, smaller batch is left out."""
-    steps = n // batch_size
     order = torch.randperm(n, generator=randomness(seed, "order", epoch))
-    return order[: steps * batch_size].view(steps, batch_size)
+    return order[: n - n % batch_size].view(-1, batch_size)
 
 
 def epoch_steps(images, batch_size, accumulate, seed, epoch, machine):
@@ -120,50 +106,48 @@ def epoch_steps(images, batch_size, accumulate, seed, epoch, machine):
         yield itertools.islice(batches, accumulate)
 
 
-def colour_statistics(images):
-    """ImageNet's mean and deviation, (C, 1, 1) each; for grey images, averages over colours."""
-    mean, std = (MEAN, STD) if images.shape[1] == 3 else (MEAN.mean()[None], STD.mean()[None])
-    return mean.to(images.device)[:, None, None], std.to(images.device)[:, None, None]
+def for_channels(colours, images):
+    """MEAN or STD for images (B, C, H, H): (C, 1, 1), averaged where they are grey."""
+    values = colours if images.shape[1] == 3 else colours.mean()[None]
+    return values[:, None, None].to(images.device)
 
 
 def normalize(images):
     """uint8 images (B, C, H, H) as float32 with mean 0 and deviation 1 over ImageNet."""
-    mean, std = colour_statistics(images)
-    return images.float().div_(255).sub_(mean).div_(std)  # in place: a copy costs as much as a sum
+    images = images.float().div_(255)  # in place: each copy costs as much as a sum
+    return images.sub_(for_channels(MEAN, images)).div_(for_channels(STD, images))
 
 
 def to_pixels(images):
     """The inverse of normalize, as floats cut off to 0 … 1, for drawing."""
-    mean, std = colour_statistics(images)
-    return (images.float() * std + mean).clamp(0, 1)
+    images = images.float() * for_channels(STD, images) + for_channels(MEAN, images)
+    return images.clamp(0, 1)
 
 
 class InMemory:
     """Small images as one uint8 tensor (n, C, H, H) on the device, with labels (n,)."""
-
     def __init__(self, pixels, labels, classes, image_size, device, further=None):
         self.pixels, self.labels, self.classes = pixels.to(device), labels.to(device), classes
-        self.image_size, self.further = image_size, further
+        self.image_size, self.further, self.device = image_size, further, device
 
     def __len__(self):
         return len(self.pixels)
 
     def batches(self, indices, seed=None):
         """Yield (images (B, C, H, H) float32, labels (B,)) for each tensor of indices (B,).
-
         With a seed every image is moved by a few pixels, half of them are flipped, and `further` is
-        applied in groups. Without, nothing is random.
-        """
+        applied in groups. Without, nothing is random."""
         if seed is not None:
             reach = round(CROP_SHIFT * self.pixels.shape[-1] / 32)
             generator = randomness(seed, "crop and flip")
             shift = torch.randint(-reach, reach + 1, (len(self), 2), generator=generator)
             flip = torch.rand(len(self), generator=generator) < 0.5
         for ids in indices:
-            here = ids.to(self.pixels.device)
+            here = ids.to(self.device)
             images = self.pixels[here]
             if seed is not None:
-                images = crop_and_flip(images, shift[ids].to(here.device), flip[ids].to(here.device))
+                moves = shift[ids].to(self.device), flip[ids].to(self.device)
+                images = crop_and_flip(images, *moves)
                 if self.further:
                     images = in_groups(self.further, images, seed, "augment", ids[0].item())
             if images.shape[-1] != self.image_size:
@@ -173,41 +157,30 @@ class InMemory:
 
 def crop_and_flip(images, shift, flip):
     """Move images (B, C, H, H) by shift (B, 2) rows and columns, and flip those of flip (B,).
-
-    The same as padding by reflection and cropping, each image at its own place, in one look-up.
-    """
-    side = images.shape[-1]
-    line = torch.arange(side, device=images.device)
-    rows = mirrored(line + shift[:, :1], side)                           # (B, H)
-    columns = mirrored(line + shift[:, 1:], side)                        # (B, H)
+    The same as padding by reflection and cropping, each image at its own place, in one look-up."""
+    last = images.shape[-1] - 1
+    line = torch.arange(last + 1, device=images.device)
+    rows = last - (last - (line + shift[:, :1]).abs()).abs()     # (B, H), mirrored at both borders
+    columns = last - (last - (line + shift[:, 1:]).abs()).abs()  # (B, H)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    source = (side * rows[:, :, None] + columns[:, None, :]).flatten(1)  # (B, H·H) which pixel
-    source = source[:, None].expand(-1, images.shape[1], -1)             # (B, C, H·H)
+    source = ((last + 1) * rows[:, :, None] + columns[:, None, :]).flatten(1)  # (B, H·H)
+    source = source[:, None].expand(-1, images.shape[1], -1)                   # (B, C, H·H)
     return images.flatten(2).gather(2, source).view_as(images)
-
-
-def mirrored(index, side):
-    """Indices that leave 0 … side − 1, by less than side, mirrored at the border pixel."""
-    index = index.abs()
-    return torch.where(index < side, index, 2 * (side - 1) - index)
 
 
 def in_groups(transform, images, *key):
     """Apply a random transform of torchvision's GROUP by GROUP, drawing from randomness(*key).
-
-    Given a batch, such a transform draws once for all of it. Image by image it is slow.
-    """
+    Given a batch, such a transform draws once for all of it. Image by image it is slow."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(randomness(*key).initial_seed())
         return torch.cat([transform(group) for group in images.split(GROUP)])
 
 
-class Streamed:
+class Streamed(Dataset):
     """Image files, decoded by `workers` processes as they are needed."""
-
     def __init__(self, part, image_size, channels, device, workers, crop_scale, further):
         self.part, self.classes, self.channels = part, part.classes, channels
-        self.device, self.workers = device, workers
+        self.device, self.workers, self.seed = device, workers, None
         crop = v2.RandomResizedCrop(image_size, crop_scale, interpolation=BICUBIC)
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), further or v2.Identity()])
         resized = image_size if image_size <= SMALL_IMAGE else round(image_size * 256 / 224)
@@ -216,20 +189,27 @@ class Streamed:
     def __len__(self):
         return len(self.part.items)
 
+    def __getitem__(self, index):
+        image = folder.read_image(self.part.items[index], self.channels)
+        transform = self.view if self.seed is None else self.augment
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global one
+            seed = randomness(self.seed, "transform", index).initial_seed()
+            torch.default_generator.manual_seed(seed)
+            return transform(v2.functional.pil_to_tensor(image)), self.part.labels[index]
+
     def raw_batches(self, indices, seed=None):
         """As batches, but uint8 and on the CPU."""
-        transform = self.view if seed is None else self.augment
+        self.seed = seed
         loader = DataLoader(
-            folder.Files(self.part, self.channels, transform, seed), num_workers=self.workers,
-            batch_sampler=[ids.tolist() for ids in indices], generator=torch.Generator(),
-            pin_memory=self.device.type == "cuda")
+            self, batch_sampler=[ids.tolist() for ids in indices], num_workers=self.workers,
+            pin_memory=self.device.type == "cuda", generator=torch.Generator())
         try:
             yield from loader
         except BadInput as error:  # from a worker, its message is the last line of a traceback
             raise BadInput(str(error).strip().splitlines()[-1].split("BadInput: ")[-1]) from None
 
     def batches(self, indices, seed=None):
-        """As InMemory's; with a seed: RandomResizedCrop, flip, `further`. Without: cut at the centre."""
+        """As InMemory's. With a seed: RandomResizedCrop, flip, `further`; else the centre."""
         for images, labels in self.raw_batches(indices, seed):
             images = images.to(self.device, non_blocking=True)
             yield normalize(images), labels.to(self.device, non_blocking=True)

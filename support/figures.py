@@ -5,24 +5,22 @@ Figures are drawn without pyplot, so that importing this changes no back end and
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torchvision.utils import make_grid
 
 from deepmim import patch_statistics, patchify, take_patches, unpatchify
 from support.data import to_pixels
 from support.run import write
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # for all eyes
-MARKERS, DASHES = "os^Dv<>", ("-", "--", "-.", ":")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS, DASHES = "os^Dv<>", ("-", "--", "-.", ":")  # for eyes and prints without colours
 
 
 def paint(prediction, images, ids_hide, patch_size, norm_pix):
     """Normalised images with a prediction at their hidden places: (B, N − V, P·P·C) → (B, C, H, H).
-
     A model with norm_pix predicts each patch only up to its mean and deviation, so its raw output
-    looks like noise. To be seen, it is given those of the image's own patch, brightness included.
-    """
+    looks like noise. To be seen, it is given those of the image's own patch."""
     patches = patchify(images, patch_size)                               # (B, N, P·P·C)
     prediction = prediction.to(patches.dtype)
     if norm_pix:
@@ -34,17 +32,16 @@ def paint(prediction, images, ids_hide, patch_size, norm_pix):
 
 def reconstructions(config, images, output, targets=None):
     """{caption: pictures (B, C, H, H) in 0 … 1}: image, visible part, targets, each decoder's work.
-
-    images (B, C, H, H), normalised; output is DeepMIM's for them; targets are HybridTargets or None.
-    """
+    images are normalised, output is DeepMIM's for them, targets are HybridTargets or None."""
     def picture(patches, norm_pix=config.norm_pix):
         return to_pixels(paint(patches, images, output.ids_hide, config.patch_size, norm_pix))
 
     grey = torch.zeros_like(output.predictions[0])  # the mean colour
     columns = {"image": to_pixels(images), "visible": picture(grey, norm_pix=False)}
     if targets:
-        for tap, alpha, target in zip(config.taps, targets.alphas, targets(images, output.ids_keep, output.ids_hide)):
-            columns["teacher's x̂" if alpha == 0 else f"target {tap}\nα = {alpha:.2f}"] = picture(target)
+        wanted = targets(images, output.ids_keep, output.ids_hide)
+        for tap, alpha, target in zip(config.taps, targets.alphas, wanted):
+            columns[f"target {tap}\nα = {alpha:.2f}"] = picture(target)
     for tap, prediction in zip(config.taps, output.predictions):
         columns[f"after block {tap}"] = picture(prediction)
     return columns
@@ -63,9 +60,8 @@ def picture_grid(columns, title):
     figure = Figure(figsize=(1.3 * len(columns), 1.3 * rows + 0.6), layout="constrained")
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     for axis, (caption, pictures) in zip(axes, columns.items()):
-        below = F.pad(pictures.float().cpu(), (0, 0, 0, gap), value=1.0)     # (B, C, H + gap, H)
-        strip = rearrange(below, "b c h w -> (b h) w c")[:-gap].squeeze(-1)  # one tall picture
-        axis.imshow(strip.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        strip = make_grid(pictures.float().cpu(), nrow=1, padding=gap, pad_value=1.0)  # (3, …, …)
+        axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(caption, fontsize=9)
         axis.axis("off")
     figure.suptitle(title, fontsize=9)
@@ -75,16 +71,17 @@ def picture_grid(columns, title):
 def panels(count, title, width=4.2):
     """A figure with `count` panels side by side, and a list of them."""
     figure = Figure(figsize=(width * count, 3.4), layout="constrained")
+    figure.suptitle(title, fontsize=9)
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9)
     return figure, axes
 
 
 def lines(axis, series, xlabel, ylabel):
-    """Draw {name: (xs, ys)}, told apart by colour, mark and dashes; xs are whole numbers."""
-    for i, (name, (xs, ys)) in enumerate(series.items()):
+    """Draw {name: values at 1, 2, …, or (xs, values)}, told apart by colour, mark and dashes."""
+    for i, (name, ys) in enumerate(series.items()):
+        xs, ys = ys if isinstance(ys, tuple) else (range(1, len(ys) + 1), ys)
         axis.plot(xs, ys, label=name, color=COLOURS[i % 7], marker=MARKERS[i % 7], markersize=4,
                   linestyle=DASHES[i % 4])
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -94,8 +91,7 @@ def lines(axis, series, xlabel, ylabel):
 
 def heat_map(axis, matrix, lowest, title, xlabel, ylabel):
     """Draw a matrix of similarities from `lowest` to 1, blocks counted from 1, from below."""
-    rows, columns = matrix.shape
-    extent = (0.5, columns + 0.5, 0.5, rows + 0.5)
+    extent = (0.5, matrix.shape[1] + 0.5, 0.5, matrix.shape[0] + 0.5)
     image = axis.imshow(matrix.numpy(), origin="lower", extent=extent, vmin=lowest, vmax=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_title(title, fontsize=9)
@@ -105,19 +101,16 @@ def heat_map(axis, matrix, lowest, title, xlabel, ylabel):
 
 
 def training_curves(histories):
-    """A figure of logs, {name: lines of log.jsonl}: of pre-training runs the loss of each decoder,
-    of fine-tuning runs losses and accuracy."""
-    decoders, losses, accuracies = {}, {}, {}
+    """A figure of {name: lines of log.jsonl}: losses by decoder; of fine-tuning, accuracy too."""
+    drawn = {"loss on hidden patches": {}, "cross-entropy": {}, "validation accuracy, %": {}}
+    decoders, losses, accuracies = drawn.values()
     for name, history in histories.items():
-        epochs = [line["epoch"] for line in history]
         for tap in history[0].get("losses", ()):
-            decoders[f"{name} block {tap}"] = epochs, [line["losses"][tap] for line in history]
+            decoders[f"{name} block {tap}"] = [line["losses"][tap] for line in history]
         if "val_loss" in history[0]:
-            losses[f"{name} training"] = epochs, [line["train_loss"] for line in history]
-            losses[f"{name} validation"] = epochs, [line["val_loss"] for line in history]
-            accuracies[name] = epochs, [100 * line["val_accuracy"] for line in history]
-    drawn = {"loss on hidden patches": decoders, "cross-entropy": losses,
-             "validation accuracy, %": accuracies}
+            losses[f"{name} training"] = [line["train_loss"] for line in history]
+            losses[f"{name} validation"] = [line["val_loss"] for line in history]
+            accuracies[name] = [100 * line["val_accuracy"] for line in history]
     drawn = {label: series for label, series in drawn.items() if series}
     figure, axes = panels(len(drawn), "training curves")
     for axis, (label, series) in zip(axes, drawn.items()):

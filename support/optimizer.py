@@ -7,7 +7,7 @@ import torch
 
 
 def randomness(*key):
-    """A generator of its own for each key, such as (seed, "order", epoch): any draw is repeatable."""
+    """A generator of its own for each key, such as (seed, "order", epoch), so draws can repeat."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
@@ -20,28 +20,20 @@ def learning_rate(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_schedule(lr, blr, batch_size, epochs, warmup_epochs, steps_per_epoch):
-    """learning_rate as a function of the step, counted over all epochs.
-
-    The peak is lr, or blr for each 256 images of a batch (Goyal et al. 2017). Warm-up takes a tenth
-    of the epochs where warmup_epochs is None.
-    """
-    peak = blr * batch_size / 256 if lr is None else lr
+def make_schedule(peak, epochs, warmup_epochs, steps_per_epoch):
+    """learning_rate as a function of the step, over all epochs; None warms up a tenth of them."""
     warmup = (epochs / 10 if warmup_epochs is None else warmup_epochs) * steps_per_epoch
     return lambda step: learning_rate(step, epochs * steps_per_epoch, warmup, peak)
 
 
-def decays(name, parameter):
-    """Whether weights decay: matrices yes; biases, norms, tokens and positions no."""
-    return parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
-
-
 def make_optimizer(model, weight_decay, beta2, lr_scale=lambda name: 1.0):
-    """AdamW for what is trained; lr_scale(name) is a parameter's share of the rate, see set_lr."""
+    """AdamW for what is trained; lr_scale(name) is a parameter's share of the rate, see set_lr.
+    Matrices decay; biases, norms, tokens and positions don't."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = lr_scale(name), weight_decay if decays(name, parameter) else 0.0
+            decays = parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
+            key = lr_scale(name), weight_decay if decays else 0.0
             groups.setdefault(key, []).append(parameter)
     groups = [{"params": groups[key], "lr_scale": key[0], "weight_decay": key[1]}
               for key in sorted(groups, reverse=True)]
@@ -52,8 +44,3 @@ def set_lr(optimizer, lr):
     """Give each of make_optimizer's groups its share of a learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-
-
-def make_scaler(machine):
-    """A gradient scaler, which float16 needs; for other precisions it does nothing."""
-    return torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)

@@ -1,7 +1,6 @@
 """A run's directory: files that are written whole or not at all, resuming, and the log."""
 
 import contextlib
-import errno
 import json
 import os
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from support import checkpoint
-from support.options import BadInput, RunFailed, option
+from support.options import BadInput, RunFailed, option, require
 
 try:
     import fcntl
@@ -17,15 +16,13 @@ except ImportError:  # Windows has no such locks; nothing then keeps a second pr
     fcntl = None
 
 MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset")  # when a run goes on
-ADVICE = ("what was saved before is intact; try a lower --lr, a longer --warmup-epochs or --no-amp, "
-          "with another --out")
+ADVICE = ("what was saved before is intact; try a lower --lr, a longer --warmup-epochs or "
+          "--no-amp, with another --out")
 
 
 def write(path, save):
     """Call save(a file open for writing), then move it to path: readers find the old or the new.
-
-    Raises RunFailed, with what was there intact.
-    """
+    Raises RunFailed, with what was there intact."""
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:
@@ -33,8 +30,8 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__ or error  # of torch.save
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk's OSError
+        reason = error if isinstance(error, OSError) else error.__context__ or error
         raise RunFailed(f"{path}: not written ({reason}); what was there is intact") from None
     finally:
         with contextlib.suppress(OSError):
@@ -50,30 +47,23 @@ def make_directory(path):
     """Make the directory of --out, with those above it; raises BadInput."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as error:
         raise BadInput(f"--out: {path} is no directory to write to ({error.strerror})") from None
 
 
 def check_finite(losses, epoch, names):
     """Raise RunFailed if one of an epoch's losses (steps, len(names)) is NaN or infinite."""
-    bad = (~losses.isfinite()).nonzero().tolist()
-    if bad:
-        step, column = bad[0]
+    for step, column in (~losses.isfinite()).nonzero().tolist():
         raise RunFailed(f"epoch {epoch + 1}, step {step + 1}: {names[column]} is "
                         f"{losses[step, column].item()}; {ADVICE}")
 
 
 class Run:
     """The directory of a run: what was done, how to go on.
-
     last.pt is written last in an epoch and holds all that the next one needs, the log included. So
     a run that was killed loses at most the epoch in progress, and repeats it to the same weights. A
-    lock keeps a second process out while the first lives. A run with other options is refused, but
-    for those of MAY_CHANGE.
-    """
-
+    lock keeps a second process out while the first lives. A run with other options, a dict, is
+    refused, but for those of MAY_CHANGE."""
     def __init__(self, path, options, machine, resume=True):
         self.path, self.machine, self.resume = Path(path), machine, resume
         self.options = {name: value for name, value in options.items() if name not in MAY_CHANGE}
@@ -88,13 +78,12 @@ class Run:
             state = checkpoint.read(self.path / "last.pt")
         except BadInput as error:
             raise BadInput(f"{error}; {remedy}") from None
-        before = state.get("options", {}) if isinstance(state, dict) else {}
-        differ = [f"{option(name)} was {before.get(name)}, is {self.options.get(name)}"
-                  for name in sorted(before.keys() | self.options.keys())
-                  if before.get(name) != self.options.get(name)]
-        if differ:
-            raise BadInput(f"--out: {self.path} holds a run with other options "
-                           f"({'; '.join(differ)}); use the same ones, {remedy}")
+        before, differ = state["options"], []
+        for name in sorted(before.keys() | self.options.keys()):
+            if before.get(name) != self.options.get(name):
+                differ.append(f"{option(name)} was {before.get(name)}, is {self.options.get(name)}")
+        require(not differ, f"--out: {self.path} holds a run with other options "
+                f"({'; '.join(differ)}); {remedy}")
         return state
 
     def open(self):
@@ -106,14 +95,15 @@ class Run:
             self.lock = open(self.path / "lock", "w")
             if fcntl:  # the system lets go of the lock when the process ends
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BadInput(f"--out: another process is at work in {self.path}; wait for it, or use "
-                           "another --out") from None
+        except OSError as error:
+            busy = isinstance(error, BlockingIOError)
+            reason = "another process is at work there" if busy else error.strerror
+            raise BadInput(f"--out: {self.path} can't be used; {reason}") from None
         for name in () if self.resume else ("last.pt", "result.json", "log.jsonl"):
             (self.path / name).unlink(missing_ok=True)
 
     def epochs(self, total, model, optimizer, scaler):
-        """Yield the epochs that are left of `total`, from 0, after restoring where the run stopped."""
+        """Yield the epochs left of `total`, from 0, with all as it was where the run stopped."""
         self.total, self.parts, done = total, (model, optimizer, scaler), len(self.history)
         if done == total:
             self.machine.print(f"{self.path} is finished; another --out or --no-resume starts over")
@@ -123,23 +113,25 @@ class Run:
             optimizer.load_state_dict(self.state["optimizer"])
             if self.state["scaler"]:  # empty where the hardware, maybe another one, needed none
                 scaler.load_state_dict(self.state["scaler"])
-            self.state = None
+        self.state = None
         self.open()
         after = f", after epoch {done}" if done else ""
         self.machine.print(f"{self.machine}, into {self.path}{after}")
         yield from range(done, total)
 
+    def write_result(self, figures):
+        """Write result.json."""
+        if self.machine.is_main_process:
+            write_json(self.path / "result.json", {**figures, "options": self.options})
+
     def finish_epoch(self, record, content):
         """Write model.pt with `content`, log.jsonl, after the last epoch result.json, and last.pt.
-
-        Raises RunFailed where a weight or a figure is no number, or a file can't be written.
-        """
+        Raises RunFailed where a weight or a figure is no number, or a file can't be written."""
         model, optimizer, scaler = self.parts
         record = {"epoch": len(self.history) + 1, **record}
-        numbers = {name: torch.tensor(value) for name, value in record.items()
-                   if isinstance(value, float)}
-        for name, value in {**model.state_dict(), **numbers}.items():
-            if not value.isfinite().all():
+        figures = {name: value for name, value in record.items() if isinstance(value, float)}
+        for name, value in {**model.state_dict(), **figures}.items():
+            if not torch.as_tensor(value).isfinite().all():
                 raise RunFailed(f"epoch {record['epoch']}: {name} is NaN or infinite; {ADVICE}")
         self.history.append(record)
         if not self.machine.is_main_process:
@@ -149,8 +141,7 @@ class Run:
         write(self.path / "log.jsonl", lambda file: file.write(lines.encode()))
         if len(self.history) == self.total:
             seconds = round(sum(line["seconds"] for line in self.history), 2)
-            result = {**record, "seconds": seconds, "options": self.options}
-            write_json(self.path / "result.json", result)
+            self.write_result({**record, "seconds": seconds})
         state = {"options": self.options, "history": self.history, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         write(self.path / "last.pt", lambda file: torch.save(state, file))

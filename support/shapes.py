@@ -11,7 +11,7 @@ from support.optimizer import randomness
 def polygon(u, v, points, inner):
     """Below zero inside a regular star of `points` corners at radius 1, notches at radius inner."""
     sector = math.pi / points
-    angle = torch.remainder(torch.atan2(v, u) + sector, 2 * sector) - sector  # folded onto one corner
+    angle = torch.remainder(torch.atan2(v, u) + sector, 2 * sector) - sector  # onto one corner
     radius = torch.hypot(u, v)
     x, y = radius * angle.cos(), radius * angle.sin().abs()
     notch_x, notch_y = inner * math.cos(sector), inner * math.sin(sector)
@@ -40,10 +40,8 @@ FIGURES = {  # of coordinates u, v in radii of the figure: about a distance, bel
 
 def make_shapes(n, seed, side=32):
     """n pictures (n, 3, side, side) uint8 with labels (n,): one of FIGURES each.
-
     Colour, place, size, rotation and texture say nothing about the class, and a bar crosses each
-    picture. So neither a histogram nor a single patch gives the class away.
-    """
+    picture. So neither a histogram nor a single patch gives the class away."""
     generator = randomness("shapes", seed)
     labels = torch.randint(len(FIGURES), (n,), generator=generator)
 
@@ -72,7 +70,7 @@ def make_shapes(n, seed, side=32):
         of_class = labels == label
         distance[of_class] = figure(u[of_class], v[of_class])
     inside = (0.5 - distance * radius).clamp(0, 1)[:, None]        # a soft edge, one pixel wide
-    colour = (base + draw(0.3, 0.7, 3)).remainder(1) + 0.08 * wave()[:, None]  # not the background's
+    colour = (base + draw(0.3, 0.7, 3)).remainder(1) + 0.08 * wave()[:, None]
     image = image + inside * (colour - image)
 
     angle = draw(0, 2 * math.pi)

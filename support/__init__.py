@@ -1,1 +1,0 @@
-"""What the scripts share. Nothing in here imports a script."""

@@ -1,0 +1,57 @@
+"""Painted predictions, curves, and that importing anything of ours leaves matplotlib as it was."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from deepmim import PixelTargets, patchify, random_masking
+from support import figures
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(2, 3, 8, 8, generator=GENERATOR)
+IDS_KEEP, IDS_HIDE = random_masking(torch.rand(2, 16, generator=GENERATOR), 0.75)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_paint_puts_predictions_at_hidden_places_only(norm_pix):
+    perfect = PixelTargets(replace(TINY, norm_pix=norm_pix))(IMAGES, IDS_KEEP, IDS_HIDE)[0]
+    painted = figures.paint(perfect, IMAGES, IDS_HIDE, 2, norm_pix)
+    torch.testing.assert_close(painted, IMAGES, atol=1e-5, rtol=1e-5)
+    wrong = figures.paint(perfect + 1, IMAGES, IDS_HIDE, 2, norm_pix)
+    changed = (patchify(wrong, 2) - patchify(IMAGES, 2)).abs().amin(dim=2) > 1e-3
+    assert torch.equal(changed, torch.zeros(2, 16, dtype=torch.bool).scatter(1, IDS_HIDE, True))
+
+
+def test_glow_keeps_the_brightest_place_and_darkens_the_rest():
+    found = figures.glow(torch.ones(1, 3, 4, 4), torch.tensor([[[4.0, 0.0], [2.0, 1.0]]]))
+    expected = torch.tensor([[1, 0.15], [0.575, 0.3625]]).repeat_interleave(2, 0)
+    torch.testing.assert_close(found, expected.repeat_interleave(2, 1).expand(1, 3, 4, 4))
+
+
+def test_training_curves_show_what_logs_hold(tmp_path):
+    deep = [{"epoch": 1, "losses": {"1": 3.0, "3": 2.0}}, {"epoch": 2, "losses": {"1": 2, "3": 1}}]
+    tuned = [{"epoch": 1, "train_loss": 2.0, "val_loss": 1.5, "val_accuracy": 0.25}]
+    figure = figures.training_curves({"deep": deep, "tuned": tuned})
+    lines = [line for axis in figure.axes for line in axis.get_lines()]
+    assert {line.get_label(): line.get_xydata().tolist() for line in lines} == {
+        "deep block 1": [[1, 3], [2, 2]], "deep block 3": [[1, 2], [2, 1]], "tuned": [[1, 25]],
+        "tuned training": [[1, 2]], "tuned validation": [[1, 1.5]]}
+    figures.save(figure, tmp_path / "curves.png")
+    width, height = Image.open(tmp_path / "curves.png").size
+    assert width > 2 * height  # three panels side by side
+
+
+def test_importing_changes_nothing_of_matplotlibs():
+    code = """import sys, matplotlib
+before = matplotlib.rcParams.copy()
+import analyze, finetune, train
+assert dict.__eq__(matplotlib.rcParams, before)  # == would look for a back end
+assert "matplotlib.pyplot" not in sys.modules"""
+    here = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=here, check=True)

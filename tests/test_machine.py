@@ -1,0 +1,32 @@
+"""Device, precision, processes."""
+
+import pytest
+import torch
+
+from support import machine
+from support.options import BadInput
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("world, accumulate, fits", [
+    ("1", 4, True), ("1", 5, False), ("2", 4, False), ("5", 1, False)])
+def test_a_batch_is_cut_evenly_or_refused(monkeypatch, world, accumulate, fits):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    if fits:
+        assert machine.start("cpu", False, 12, accumulate) == machine.Machine(CPU)
+    else:
+        with pytest.raises(BadInput, match=f"{world} processes × --accumulate {accumulate}"):
+            machine.start("cpu", False, 12, accumulate)
+
+
+@pytest.mark.parametrize("fast, abilities, on_cpu, on_gpu", [
+    (True, {"avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+    (False, {"avx2": True}, torch.float32, torch.float16)])
+def test_bfloat16_is_for_hardware_that_computes_in_it(monkeypatch, fast, abilities, on_cpu, on_gpu):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast)
+    assert machine.mixed_precision(CPU) == on_cpu
+    assert machine.mixed_precision(torch.device("cuda")) == on_gpu
+    scaler = machine.Machine(CPU, dtype=on_gpu).grad_scaler()
+    assert scaler.is_enabled() == (on_gpu == torch.float16)

@@ -1,0 +1,188 @@
+"""A run's directory: atomic writes, exact resume, what is refused, what is never saved."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from unittest.mock import DEFAULT, Mock
+
+import pytest
+import torch
+from conftest import AUGMENTED, differing, log, stopped_before, weights
+
+import finetune
+import train
+from support import run as run_module
+from support.machine import Machine
+from support.options import BadInput, RunFailed
+from support.run import Run
+
+SCRIPTS = ["train", "finetune"]
+
+
+@pytest.mark.parametrize("error, raised", [
+    (OSError(28, "No space left on device"), RunFailed), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, error, raised):
+    def fails(file):
+        file.write(b"ne")
+        raise error
+
+    path = tmp_path / "file"
+    run_module.write_json(path, {"a": [1, 2]})
+    with pytest.raises(raised, match="No space left|^$"):
+        run_module.write(path, fails)
+    assert json.loads(path.read_text()) == {"a": [1, 2]} and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------ a run of a linear layer
+
+
+def small_run(path, rank=0, scaler=False):
+    """(Run, model, optimizer, scaler) of a linear layer."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    run = Run(path, {"lr": 0.1, "workers": rank}, Machine(torch.device("cpu"), rank, 2))
+    return run, model, optimizer, torch.amp.GradScaler("cpu", enabled=scaler)
+
+
+def two_epochs(path, **how):
+    """Do what is left of two epochs in path."""
+    run, model, optimizer, scaler = small_run(path, **how)
+    for epoch in run.epochs(2, model, optimizer, scaler):
+        optimizer.zero_grad()
+        model(torch.tensor([1.0, 2.0, epoch])).square().sum().backward()
+        optimizer.step()
+        run.finish_epoch({"loss": 0.5, "seconds": 1.5}, {"model": model.state_dict()})
+
+
+def test_a_run_cut_before_any_write_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    writes = Mock(wraps=run_module.write)
+    monkeypatch.setattr(run_module, "write", writes)
+    two_epochs(tmp_path / "whole")
+    assert writes.call_count == 7  # three files an epoch, and the result
+    for stop in range(7):
+        writes.side_effect = [DEFAULT] * stop + [KeyboardInterrupt] + [DEFAULT] * 7
+        with pytest.raises(KeyboardInterrupt):
+            two_epochs(tmp_path / "cut")
+        two_epochs(tmp_path / "cut")
+        assert not differing(tmp_path / "whole", tmp_path / "cut")
+        for name in ("log.jsonl", "result.json"):
+            assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
+        shutil.rmtree(tmp_path / "cut")
+    assert log(tmp_path / "whole") == [{"epoch": n, "loss": 0.5, "seconds": 1.5} for n in (1, 2)]
+
+
+@pytest.mark.parametrize("place", ["bias", "loss"])
+def test_what_is_no_number_is_not_saved(tmp_path, place):
+    run, model, optimizer, scaler = small_run(tmp_path)
+    for _ in run.epochs(1, model, optimizer, scaler):
+        if place == "bias":
+            model.bias.data[0] = math.nan
+        record = {"loss": math.inf if place == "loss" else 1.0, "seconds": 1.5}
+        with pytest.raises(RunFailed, match=f"epoch 1: {place} is NaN or infinite"):
+            run.finish_epoch(record, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_one_process_of_several_writes(tmp_path):
+    two_epochs(tmp_path / "second", rank=1)
+    two_epochs(tmp_path / "first", rank=0)
+    assert list(tmp_path.iterdir()) == [tmp_path / "first"] and len(log(tmp_path / "first")) == 2
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_goes_on_where_a_scaler_is_needed_and_where_it_is_not(tmp_path, before):
+    """As from an A100, which computes in bfloat16, to a T4 with float16 and a scaler, and back."""
+    run, *parts = small_run(tmp_path, scaler=before)
+    next(run.epochs(2, *parts))
+    run.finish_epoch({"seconds": 1}, {})
+    run, *parts = small_run(tmp_path, scaler=not before)
+    assert next(run.epochs(2, *parts)) == 1 and parts[2].get_scale() == (1 if before else 2**16)
+
+
+# ------------------------------------------------------------------------------ the scripts' runs
+
+
+@pytest.mark.parametrize("script, more", [("train", []), ("finetune", AUGMENTED)])
+def test_an_interrupted_run_goes_on_to_the_same_weights(call, tmp_path, capsys, script, more):
+    whole, out = tmp_path / "whole", tmp_path / "cut"
+    again = [script, *more, "--epochs", 3, "--out", out]
+    call(*again[:-1], whole)
+    for epoch in (2, 3):
+        with stopped_before(epoch):
+            call(*again)
+        assert len(log(out)) == epoch - 1
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(BadInput, match=r"--batch-size was 6, is 9; --seed was 0, is 1\)"):
+        call(*again, "--seed", 1, "--batch-size", 9)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    call(*again, "--workers", 1)
+    assert f"{out}, after epoch 2" in capsys.readouterr().out and not differing(whole, out)
+    for one, other in zip(log(whole), log(out), strict=True):
+        assert {**one, "seconds": 0, "images_per_second": 0} == {
+            **other, "seconds": 0, "images_per_second": 0}
+    call(*again)
+    assert "is finished" in capsys.readouterr().out
+    with stopped_before(1):
+        call(*again, "--seed", 1, "--no-resume")
+    assert not {path.name for path in out.iterdir()} & {"last.pt", "result.json", "log.jsonl"}
+    call(*again, "--seed", 1, "--no-resume", "--accumulate", 2)
+    assert len(log(out)) == 3 and differing(whole, out)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: content[:-500], lambda content: b"", lambda content: b"no checkpoint",
+    lambda content: content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:],
+], ids=["cut short", "empty", "text", "one bit"])
+def test_a_damaged_last_pt_is_refused_with_a_way_out(call, tmp_path, damage):
+    with stopped_before(2):
+        call("train", "--out", tmp_path)
+    last = tmp_path / "last.pt"
+    last.write_bytes(damage(last.read_bytes()))
+    before = last.read_bytes()
+    with pytest.raises(BadInput, match="last.pt: not a checkpoint .* --no-resume"):
+        call("train", "--out", tmp_path)
+    assert last.read_bytes() == before
+    call("train", "--out", tmp_path, "--no-resume")
+    assert len(log(tmp_path)) == 2
+
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()"""
+
+
+def test_a_second_process_is_kept_out_while_the_first_lives(call, tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "locked\n"
+    for script in SCRIPTS:
+        for resume in ("--resume", "--no-resume"):
+            with pytest.raises(BadInput, match="--out: .*another process is at work"):
+                call(script, "--out", tmp_path, resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    first.communicate()
+    call("train", "--out", tmp_path)
+    assert len(log(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("script, model, name", [
+    ("train", train.DeepMIM, "the loss after block 1"),
+    ("finetune", finetune.Classifier, "the loss")])
+def test_a_loss_that_is_no_number_stops_the_run(call, tmp_path, monkeypatch, script, model, name):
+    forward, calls = model.forward, []
+
+    def breaks_in_the_fifth_step(self, images, *rest):
+        if torch.is_grad_enabled():
+            calls.append(1)
+        return forward(self, images * (math.nan if len(calls) == 5 else 1), *rest)
+
+    monkeypatch.setattr(model, "forward", breaks_in_the_fifth_step)
+    with pytest.raises(RunFailed, match=f"epoch 2, step 2: {name} is nan"):
+        call(script, "--out", tmp_path)
+    assert len(calls) == 5 and len(log(tmp_path)) == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
