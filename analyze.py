@@ -7,10 +7,9 @@
     python analyze.py attention A.pt --block 12          # where the class token looks, by head
     python analyze.py curves RUN [RUN …]                 # losses and accuracies of runs, overlaid
 
-Each writes DIR/<command>.png and DIR/<command>.json with the same numbers, --out DIR (default:
-figures). A.pt is a model.pt of train.py or finetune.py, or a checkpoint of MAE's or timm's;
-reconstruct needs one with decoders. Images are held-out ones or, of a folder without train/, all;
-they are in float32, and unmasked but for reconstruct.
+Each writes a picture and its numbers, DIR/<command>.png and .json, --out DIR (default: figures).
+A.pt is ours, MAE's or timm's; reconstruct needs decoders. Images are held-out ones or, of a folder
+without train/, all of them. They are in float32, and unmasked but for reconstruct.
 """
 
 import json
@@ -31,20 +30,17 @@ from support.run import make_directory, write_json
 BATCH = 250  # images at a time; CKA is estimated on such batches
 
 # ------------------------------------------------------------------------------------- measures
-
 def linear_cka(x, y):
     """How alike two representations of the same samples are: x (n, p), y (n, q) → 0 … 1.
-    ‖yᵀx‖² / (‖xᵀx‖ ‖yᵀy‖), Frobenius norms of centred columns (Kornblith et al. 2019). Rotating or
-    scaling either changes nothing. With few samples it is too high: 0.27 for noise of (250, 96)
-    each. CKA, below, isn't."""
+    ‖yᵀx‖² / (‖xᵀx‖ ‖yᵀy‖), Frobenius norms of centred columns (Kornblith et al. 2019). With few
+    samples it is too high: 0.27 for noise of (250, 96) each. CKA, below, isn't."""
     x, y = x - x.mean(dim=0), y - y.mean(dim=0)
     return (y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
 def gram_matrices(features):
-    """x xᵀ of each (n, p) in a list, with zero diagonals: (layers, n, n), float64 on the CPU.
-    Centring changes no HSIC; it keeps small differences from drowning in a large common mean."""
-    centred = [x - x.mean(dim=0) for x in features]
+    """x xᵀ of each (n, p) in a list, with zero diagonals: (layers, n, n), float64 on the CPU."""
+    centred = [x - x.mean(dim=0) for x in features]  # for precision: it changes no HSIC
     grams = torch.stack([x @ x.T for x in centred]).cpu().double()
     grams.diagonal(dim1=1, dim2=2).zero_()
     return grams
@@ -52,8 +48,7 @@ def gram_matrices(features):
 
 def unbiased_hsic(grams_x, grams_y):
     """The unbiased HSIC of all pairs of gram_matrices: (A, n, n), (B, n, n) → (A, B); n > 3.
-    Song et al. 2012, equation 5; Nguyen, Raghu, Kornblith 2021, equation 3. Its mean over random
-    batches doesn't depend on their size, which is not so for the plain HSIC."""
+    Nguyen et al. 2021, equation 3. Its mean over batches doesn't depend on their size."""
     n = grams_x.shape[-1]
     rows_x, rows_y = grams_x.sum(dim=2), grams_y.sum(dim=2)               # (A, n), (B, n)
     traces = grams_x.flatten(1) @ grams_y.flatten(1).T                    # (A, B), tr(K L)
@@ -63,9 +58,8 @@ def unbiased_hsic(grams_x, grams_y):
 
 
 class CKA:
-    """CKA of every layer of one model with every layer of another, from mini-batches.
-    Adds up the unbiased HSIC over batches (Nguyen et al. 2021), so that memory doesn't grow with
-    the number of images. Independent features come out near 0, also below."""
+    """CKA of every layer of one model with every layer of another. Adds up the unbiased HSIC over
+    mini-batches (Nguyen et al. 2021). Independent features come out near 0, also below."""
     def __init__(self):
         self.cross, self.self_x, self.self_y = 0.0, 0.0, 0.0
 
@@ -83,8 +77,7 @@ class CKA:
 
 def head_similarity(x):
     """Mean cosine similarity of pairs of heads: (B, heads, …) → scalar, 1 where all do the same.
-    With attention maps (B, heads, T, T) it is what the paper plots block by block; 0 means that no
-    two heads look at the same place."""
+    Of attention maps (B, heads, T, T) it is what the paper plots; 0: no two look at one place."""
     heads = x.shape[1]
     x = F.normalize(x.flatten(2), dim=2)                                  # (B, heads, features)
     similarity = x @ x.transpose(1, 2)                                    # (B, heads, heads)
@@ -121,7 +114,6 @@ def block_cka(first, second, batches, tokens="mean"):
 
 
 # -------------------------------------------------------------------------------------- figures
-
 def load_models(args, device):
     """{name: frozen ViT, or DeepMIM to reconstruct} of the command line, for the same images."""
     whole, models = args.command == "reconstruct", {}
@@ -201,8 +193,7 @@ def heads(args, encoders, batches):
 @torch.no_grad()
 def reconstruct(args, models, batches):
     """Images, what is visible, with a teacher hybrid targets, and each decoder's picture.
-    The loss is that of the decoder's own target. PSNR is always against the image, in pixels, where
-    a patch is drawn with the image's own mean and deviation if the model has norm_pix."""
+    The loss is that of the decoder's own target, PSNR always that of the picture as it is drawn."""
     (model,), device = models.values(), batches[0].device
     config, targets, losses, errors, drawn = model.config, None, 0.0, 0.0, None
     if args.teacher:
@@ -299,8 +290,7 @@ def main(argv=None):
     figure, numbers = args.function(args, models, batches)
     make_directory(args.out)
     table, picture = args.out / f"{args.command}.json", args.out / f"{args.command}.png"
-    said = {name: value for name, value in vars(args).items()
-            if name in ("command", "data", "images", "tokens")}
+    said = {n: v for n, v in vars(args).items() if n in ("command", "data", "images", "tokens")}
     write_json(table, {**said, "from": [str(path) for path in args.models], **numbers})
     figures.save(figure, picture)
     print(f"{picture}, {table}")

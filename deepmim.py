@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-# ---------------------------------------------------------------------------- patches and masks
 
+# ---------------------------------------------------------------------------- patches and masks
 def patchify(images, patch_size):
     """Cut square images into patches, row by row: (B, C, H, H) → (B, N, P·P·C).
     Inside a patch the order is (row, column, channel), as in MAE's code. P must divide H."""
@@ -66,7 +66,6 @@ def sine_cosine_positions(dim, side):
 
 
 # ---------------------------------------------------------------------------- Transformer block
-
 def attention_map(q, k):
     """Who looks where, softmax(q kᵀ / √d): q, k (B, heads, T, d) → (B, heads, T, T) in 0 … 1."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
@@ -130,7 +129,6 @@ def init_weights(module):
 
 
 # ---------------------------------------------------------------------------------------- sizes
-
 @dataclass(kw_only=True)
 class Config:
     """The sizes of a model, by default the paper's ViT-B/16. Raises ValueError, "field: the rule".
@@ -186,7 +184,6 @@ SIZES = {  # of the presets; what isn't said is Config's default
 }
 
 # -------------------------------------------------------------------------------------- encoder
-
 class PatchEmbed(nn.Module):
     """A linear map of each patch to a token, stored as timm and MAE's code do: as a convolution."""
     def __init__(self, config):
@@ -243,7 +240,6 @@ class ViT(nn.Module):
 
 
 # -------------------------------------------------------------------------------------- decoder
-
 class Decoder(nn.Module):
     """A shallow Transformer that predicts hidden patches from the tokens of the visible ones."""
     def __init__(self, config):
@@ -329,7 +325,6 @@ def reconstruction_loss(prediction, target):
 
 
 # ------------------------------------------------------------------------------------ the whole
-
 class Output(NamedTuple):
     """What DeepMIM returns."""
     loss: torch.Tensor               # (), the sum over taps

@@ -11,9 +11,9 @@
     python finetune.py --init … --knn                    # frozen encoder, no training at all
     python finetune.py --eval --init runs/shapes-finetune/model.pt
 
-Run the same command again to go on after an interruption. Writes model.pt, log.jsonl, curves.png,
-result.json and last.pt (what resuming needs) into --out. Every epoch is measured on test images,
-but the result is the last epoch's. To choose a recipe, hold out training images: --hold-out 0.1.
+The same command goes on after an interruption. Writes model.pt, log.jsonl, curves.png, result.json
+and last.pt into --out. Every epoch is measured on test images, but the last one's counts. To choose
+a recipe, hold out training images: --hold-out 0.1.
 """
 
 import copy
@@ -50,11 +50,9 @@ CROP_SCALE = (0.08, 1)   # of RandomResizedCrop, as in MAE's code; pre-training 
 EVALUATION_BATCH = 250   # always, so that accuracy depends on no --batch-size and no process
 
 # --------------------------------------------------------------------------------------- the model
-
 class Classifier(nn.Module):
-    """A ViT, the mean of its patch tokens or its class token, and a linear layer.
-    As in MAE's fine-tuning, "mean" replaces the encoder's norm by one after the mean. Names are
-    timm's: without "encoder." they fit VisionTransformer(global_pool="avg" or "token"). With
+    """A ViT, the mean of its patch tokens or its class token, a linear layer; with timm's names.
+    As in MAE's fine-tuning, "mean" replaces the encoder's norm by one after the mean. With
     batch_norm, one without weights comes before the linear layer, as in MAE's linear probe."""
     def __init__(self, config, classes, pool="mean", batch_norm=False):
         super().__init__()
@@ -85,8 +83,7 @@ def layer_of(name, depth):
     """The layer of a parameter: 0 the embedding, 1 … depth the blocks, depth + 1 all above."""
     if name.startswith("encoder.blocks."):
         return 1 + int(name.split(".")[2])
-    above = name.startswith(("encoder.norm", "fc_norm", "head"))
-    return depth + 1 if above else 0
+    return depth + 1 if name.startswith(("encoder.norm", "fc_norm", "head")) else 0
 
 
 def freeze(model, blocks):
@@ -97,14 +94,12 @@ def freeze(model, blocks):
 
 
 def layer_decay(name, depth, decay):
-    """A parameter's share of the learning rate: 1 above the blocks, `decay` times less per layer
-    (Clark et al. 2020; fine-tuning in BEiT's and MAE's code)."""
+    """A parameter's share of the rate: 1 above the blocks, `decay` times less below (ELECTRA)."""
     return decay ** (depth + 1 - layer_of(name, depth))
 
 
 def add_stochastic_depth(encoder, rate):
-    """Let images skip the branches of trained blocks, by a chance that rises from 0 to rate at the
-    end (Huang et al. 2016). What isn't skipped is scaled up, so that the mean stays."""
+    """Let images skip trained blocks, by a chance from 0 to rate at the end (Huang et al. 2016)."""
     for i, block in enumerate(encoder.blocks):
         if block.attn.qkv.weight.requires_grad:
             chance = rate * i / max(1, len(encoder.blocks) - 1)
@@ -187,7 +182,6 @@ def make_classifier(args, config, state, classes, machine):
 
 
 # --------------------------------------------------------------------------------------- training
-
 def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine):
     """One pass over the training images: the mean loss and the last learning rate.
     args has batch_size, accumulate, seed, smoothing, mixup, cutmix and erasing."""
@@ -219,7 +213,6 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
         bar.update(args.batch_size)
         if machine.device.type == "cpu" or step % 10 == 9:  # a GPU has to wait for it
             check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, ["the loss"])
@@ -229,7 +222,6 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
 
 
 # -------------------------------------------------------------------------------------- measuring
-
 @torch.no_grad()
 def evaluate(model, images, machine):
     """val_loss, val_accuracy and, from ten classes up, val_top5 on images without augmentation."""
@@ -268,14 +260,12 @@ def knn_votes(queries, features, labels, classes, k, temperature=0.07):
 
 
 def nearest_neighbours(model, images, held_out, k, machine):
-    """Accuracy of knn_votes on the held-out images, among the training images.
-    Features are standardised over the training images: what all of them share, which is most of a
-    feature after reconstruction, would drown what tells them apart."""
+    """Accuracy of knn_votes on the held-out images. Features are standardised over training images:
+    what all images share, most of a feature, would drown what tells them apart."""
     features, labels = all_features(model, images, machine)
     queries, wanted = all_features(model, held_out, machine)
     deviation, mean = torch.std_mean(features, dim=0)  # two (D,)
-    features = F.normalize((features - mean) / (deviation + 1e-6), dim=1)
-    queries = F.normalize((queries - mean) / (deviation + 1e-6), dim=1)
+    features, queries = (F.normalize((x - mean) / (deviation + 1e-6)) for x in (features, queries))
     votes = [knn_votes(some, features, labels, len(images.classes), k)
              for some in queries.split(EVALUATION_BATCH)]
     return (torch.cat(votes).argmax(dim=1) == wanted).float().mean().item()

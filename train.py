@@ -7,8 +7,8 @@
     python train.py --method mae                         # the baseline: one decoder, at the end
     python train.py --teacher runs/mae/model.pt          # hybrid targets
 
-Run the same command again to go on after an interruption. Writes model.pt, log.jsonl, result.json,
-reconstruction.png and last.pt (what resuming needs) into --out.
+The same command goes on after an interruption. Writes model.pt, log.jsonl, result.json,
+reconstruction.png and last.pt, which resuming needs, into --out.
 """
 
 import time
@@ -40,7 +40,7 @@ def parse(argv):
     add("--preset", choices=PRESETS, default="shapes", help="data, model and recipe together")
     add("--method", choices=("deepmim", "mae"), default="deepmim", help="mae has only the last tap")
     add("--teacher", help="model.pt of a pre-trained MAE, for hybrid targets")
-    add("--alphas", type=options.fraction_list, help="shares of the image in them, as in 0,1/3,2/3")
+    add("--alphas", type=options.number_list, help="shares of the image in them, as in 0,1/3,2/3")
     add("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
     options.add_model_options(parser)
     options.add_training_options(parser)
@@ -75,7 +75,6 @@ def train_epoch(model, targets, images, optimizer, scaler, schedule, epoch, conf
     for step, parts in enumerate(batches):
         lr = schedule(epoch * steps + step)
         set_lr(optimizer, lr)
-
         # Noise is drawn for the whole batch: an image's mask depends on no process and no part.
         generator = randomness(seed, "mask", epoch, step)
         noise = torch.rand(batch_size, config.patches, generator=generator)
@@ -89,7 +88,6 @@ def train_epoch(model, targets, images, optimizer, scaler, schedule, epoch, conf
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-
         bar.update(batch_size)
         if machine.device.type == "cpu" or step % 10 == 9:  # a GPU has to wait for it
             check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, names)
@@ -103,10 +101,9 @@ def draw_reconstructions(model, held_out, config, machine, path, title):
     """Write a picture: held-out images, what is visible, and what each decoder predicts."""
     count = min(8, len(held_out))
     images, _ = next(held_out.batches([torch.arange(count) * (len(held_out) // count)]))
-    noise = torch.rand(count, config.patches, generator=randomness("pictures"))
+    noise = torch.rand(count, config.patches, generator=randomness("pictures")).to(machine.device)
     with machine.autocast():
-        output = model(images, noise.to(machine.device))
-    columns = figures.reconstructions(config, images, output)
+        columns = figures.reconstructions(config, images, model(images, noise))
     figures.save(figures.picture_grid(columns, title), path)
 
 
@@ -127,7 +124,6 @@ def main(argv=None):
         require(found.depth == config.depth, f"--depth: {args.init} has {found.depth} blocks")
         checkpoint.load_weights(model.encoder, state, args.init)
     model.to(machine.device)
-
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)
     optimizer, scaler = make_optimizer(model, args.weight_decay, args.beta2), machine.grad_scaler()

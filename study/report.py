@@ -29,22 +29,21 @@ COMPARED = ("mae", "deepmim")  # the arms in pictures
 EPOCHS, COST, LOSS = ("epochs", 0), ("seconds per epoch", 0), ("last decoder's loss", 0)
 KNN, PROBE = ("nearest neighbours, %", 0), ("linear probe, %", 0)
 TUNED = ("finetune", "partial", "reinit")  # x is the number of labels, or of blocks
-SIMILARITIES = {  # command of analyze.py: {name in its JSON: measure}, x is a block
-    "cka": {"models": "with its last block"}, "cross-cka": {"curves": "with the other method"},
-    "heads": {"attention maps": "attention maps", "outputs": "outputs"}}
-FIGURES = {  # name: (title, panels), each panel (xlabel, ylabel, measures that are drawn over x)
+# Measures over blocks, by the commands of analyze.py that write them:
+SIMILARITIES = {"cka": ["models"], "cross-cka": ["curves"], "heads": ["attention maps", "outputs"]}
+FIGURES = {  # name: (title, panels), each panel (xlabel, ylabel, measure that is drawn over x)
     "curves": ("fine-tuning with {labels:,} labels", [
-        ("epoch", "training loss, augmented", ["train_loss-{labels}"]),
-        ("epoch", "validation loss", ["val_loss-{labels}"]),
-        ("epoch", "accuracy, %", ["val_accuracy-{labels}"])]),
-    "partial": ("only the last blocks trained", [("trainable blocks", "accuracy, %", ["partial"])]),
-    "reinit": ("the last blocks started again", [("restarted blocks", "accuracy, %", ["reinit"])]),
-    "cka": ("every block beside the last", [("block", "CKA", ["with its last block"])]),
+        ("epoch", "training loss, augmented", "train_loss-{labels}"),
+        ("epoch", "validation loss", "val_loss-{labels}"),
+        ("epoch", "accuracy, %", "val_accuracy-{labels}")]),
+    "partial": ("only the last blocks trained", [("trainable blocks", "accuracy, %", "partial")]),
+    "reinit": ("the last blocks started again", [("restarted blocks", "accuracy, %", "reinit")]),
+    "cka": ("every block beside the last", [("block", "CKA", "models")]),
     "cross-cka": ("one block beside each of another model", [
-        ("block of the other model", "CKA", ["with the other method", "with another seed"])]),
+        ("block, other method", "CKA", "curves"), ("block, other seed", "CKA", "seeds")]),
     "heads": ("cosine similarity of pairs of heads; lower is more diverse", [
-        ("block", "of attention maps", ["attention maps"]), ("block", "of outputs", ["outputs"])]),
-    "convergence": ("pre-training", [("epoch", LOSS[0], ["loss"]), ("hours", LOSS[0], ["loss"])]),
+        ("block", "of attention maps", "attention maps"), ("block", "of outputs", "outputs")]),
+    "convergence": ("pre-training", [("epoch", LOSS[0], "loss"), ("hours", LOSS[0], "loss")]),
 }
 
 # ---------------------------------------------------------------------------------- from the disk
@@ -100,8 +99,8 @@ def add_similarities(path, study):
     """Add what analyze.py wrote into a file to the arms it is of."""
     with naming(path):
         (content,) = read(path)
-        for name, measure in SIMILARITIES[content["command"]].items():
-            measure = "with another seed" if path.parent.name.startswith("seeds-") else measure
+        for name in SIMILARITIES[content["command"]]:
+            measure = "seeds" if path.parent.name.startswith("seeds-") else name
             for model, values in zip(content["from"], content[name].values()):
                 arm, _, seed = Path(model).parent.name.rpartition("-")
                 values = values["with_last"] if name == "models" else values
@@ -116,10 +115,8 @@ def read_study(root):
     for name in [*ARMS, *sorted(ablation, key=len)]:  # few taps first
         for path in sorted(root.glob(f"{name}-*")):
             seed = path.name.removeprefix(f"{name}-")
-            if not seed.isdecimal():  # mae-equal-0 is no seed of mae
-                continue
-            found = read_pretraining(path)
-            if found or name == "scratch":
+            if seed.isdecimal() and (name == "scratch" or (path / "result.json").is_file()):
+                found = read_pretraining(path)
                 for below in path.iterdir():
                     found |= read_tuning(below)
                 study[name, int(seed)] = found
@@ -190,8 +187,8 @@ def table(averages, labels):
     for measure, x in (KNN, PROBE, *(("finetune", number) for number in labels)):
         columns.append(((measure, x), f"{x:,} labels, %" if x else measure, ".1f"))
         columns.append(((f"{measure}, margin", x), "margin", "+.1f"))
-    heads = [head for _, head, _ in columns]
-    rows = [["pre-training", "seeds", *heads], ["---"] * (2 + len(heads))]
+    heads = ["pre-training", "seeds", *(head for _, head, _ in columns)]
+    rows = [heads, ["---"] * len(heads)]
     for (name, _), values in averages.items():
         seeds = max(n for _, _, n in values.values())
         cells = [ARMS.get(name, name), str(seeds)]
@@ -204,19 +201,17 @@ def table(averages, labels):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def lines_of(averages, panel, labels):
-    """{name: (xs, lows, means, highs)} of the arms in pictures, in one panel."""
-    lines, (xlabel, _, measures) = {}, panel
+def lines_of(averages, measure, hours):
+    """{name: (xs, means, lows, highs)} of the arms in pictures, over epochs or hours."""
+    lines = {}
     for (name, epochs), values in averages.items():
-        for measure in measures:
-            points, measure = [], measure.format(labels=labels)
-            for x in sorted(x for found, x in values if found == measure):
-                mean, spread, _ = values[measure, x]
-                x = x * values[COST][0] / 3600 if xlabel == "hours" else x
-                points.append((x, mean - (spread or 0), mean, mean + (spread or 0)))
-            if points and name in COMPARED:
-                words = f", {measure}" if len(measures) > 1 else ""
-                lines[f"{ARMS[name]}, {epochs} epochs{words}"] = list(zip(*points))
+        points = []
+        for x in sorted(x for found, x in values if found == measure):
+            mean, spread, _ = values[measure, x]
+            x = x * values[COST][0] / 3600 if hours else x
+            points.append((x, mean, mean - (spread or 0), mean + (spread or 0)))
+        if points and name in COMPARED:
+            lines[f"{ARMS[name]}, {epochs} epochs"] = tuple(zip(*points))
     return lines
 
 
@@ -224,13 +219,18 @@ def draw(averages, labels, out):
     """Write the pictures that there is something to draw for; gives their names."""
     names = []
     for name, (title, panels) in FIGURES.items():
-        series = [lines_of(averages, panel, labels) for panel in panels]
-        if all(series):
-            figure, axes = figures.panels(len(panels), title.format(labels=labels))
-            for axis, (xlabel, ylabel, _), lines in zip(axes, panels, series):
-                means = {words: (xs, ys) for words, (xs, _, ys, _) in lines.items()}
+        drawn = []
+        for xlabel, ylabel, measure in panels:
+            lines = lines_of(averages, measure.format(labels=labels), xlabel == "hours")
+            drawn += [(xlabel, ylabel, lines)] if lines else []
+        if drawn:
+            figure, axes = figures.panels(len(drawn), title.format(labels=labels))
+            for axis, (xlabel, ylabel, lines) in zip(axes, drawn):
+                if ylabel == axes[0].get_ylabel():
+                    axis.sharey(axes[0])
+                means = {words: line[:2] for words, line in lines.items()}
                 figures.lines(axis, means, xlabel, ylabel)
-                for line, (xs, lows, _, highs) in zip(axis.lines, lines.values()):
+                for line, (xs, _, lows, highs) in zip(axis.lines, lines.values()):
                     axis.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.2)
                 axis.locator_params(axis="x", integer=xlabel != "hours")
             figures.save(figure, out / f"study-{name}.png")

@@ -1,8 +1,7 @@
 """Files of weights: ours, MAE's and timm's, read as tensors and plain values only.
 
 {"config": …, "model": …} is what train.py and finetune.py write, {"model": …} what MAE's code
-writes, and {"state_dict": …} or a bare state_dict are common for timm's models. What can't be used
-raises BadInput that names the file.
+writes, and timm's are bare. What can't be used raises BadInput that names the file.
 """
 
 import argparse
@@ -44,8 +43,7 @@ def make_config(path, **values):
 
 
 def read_model(path, heads=None, norm_pix=True):
-    """(Config, state_dict with DeepMIM's names) of a file. Foreign ones don't record heads, which
-    must be given for a width that no published model has, nor norm_pix."""
+    """(Config, state_dict with DeepMIM's names); foreign files know neither heads nor norm_pix."""
     content = read(path)
     state = content
     if isinstance(content, dict):
@@ -84,12 +82,11 @@ def sizes_of(state, heads, norm_pix, path):
     require(heads, f"{path}: its heads can't be known from a width of {dim}; say --heads")
     decoder_dim = len(state.get("decoder_embed.weight", range(512)))
     require(decoder_dim == 512, f"{path}: its decoder isn't MAE's, which is 512 wide with 16 heads")
-    depth, decoder_depth = (
-        len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
-        for blocks in ("blocks", "decoder_blocks"))
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    decoder = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
     return make_config(path, image_size=side * patch_size, patch_size=patch_size, channels=channels,
                        dim=dim, depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix,
-                       decoder_depth=decoder_depth or 4)
+                       decoder_depth=decoder or 4)
 
 
 def load_weights(module, state, path):
@@ -112,8 +109,7 @@ def load_encoder(encoder, state, path):
 
 
 def resize_positions(positions, patches):
-    """Positions for another square number of patches, bicubic, but for the class token's.
-    (1, 1 + n, D) → (1, 1 + patches, D)"""
+    """Positions for another square of patches, bicubic: (1, 1 + n, D) → (1, 1 + patches, D)."""
     if positions.shape[1] == 1 + patches:
         return positions
     side, old_side = math.isqrt(patches), math.isqrt(positions.shape[1])

@@ -2,8 +2,7 @@
 
 Small images become an InMemory set: one uint8 tensor on the device, cut and flipped there in
 batches. All others become a Streamed set: files, decoded and augmented by DataLoader workers. How
-an image is cut and flipped depends on the seed, the epoch and its index alone: not on its batch,
-the number of workers or processes, or where a run was interrupted.
+an image is cut and flipped depends on the seed, the epoch and its index alone.
 """
 
 import itertools
@@ -47,9 +46,8 @@ SOURCES = {"shapes": lambda machine: shapes.make_parts(), "cifar10": cifar10}  #
 
 def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1, batch_size=1):
     """(the Part to train on, the Part held out) of --data; raises BadInput below batch_size images.
-    limit keeps that many training images. hold_out puts this share of the training images in the
-    place of held-out ones, to choose a recipe without a look at test images. Both choose the same
-    images in every run."""
+    limit keeps that many training images. hold_out puts this share of them in the place of held-out
+    ones, to choose a recipe without test images. Both choose the same images in every run."""
     train, held_out = SOURCES[name](machine) if name in SOURCES else folder.find(name)
     if skip_damaged and name not in SOURCES:
         train = folder.without_damaged(train, machine, workers)
@@ -72,8 +70,7 @@ def find_held_out(name, machine):
 
 def prepare(part, config, machine, workers=0, crop_scale=CROP_SCALE, further=None):
     """A Part as images of config's size that give batches: InMemory where they fit, else Streamed.
-    crop_scale is RandomResizedCrop's, for Streamed ones; further is another transform of
-    torchvision's, for uint8 images. Both are for training alone."""
+    To train on: crop_scale is for RandomResizedCrop, further another transform of uint8 images."""
     size, channels, pixels = config.image_size, config.channels, part.items
     require(channels in (1, 3), f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
     if not isinstance(pixels, torch.Tensor):
@@ -156,8 +153,7 @@ class InMemory:
 
 
 def crop_and_flip(images, shift, flip):
-    """Move images (B, C, H, H) by shift (B, 2) rows and columns, and flip those of flip (B,).
-    The same as padding by reflection and cropping, each image at its own place, in one look-up."""
+    """Move images (B, C, H, H), padded by reflection, by shift (B, 2); flip those of flip (B,)."""
     last = images.shape[-1] - 1
     line = torch.arange(last + 1, device=images.device)
     rows = last - (last - (line + shift[:, :1]).abs()).abs()     # (B, H), mirrored at both borders
@@ -169,8 +165,7 @@ def crop_and_flip(images, shift, flip):
 
 
 def in_groups(transform, images, *key):
-    """Apply a random transform of torchvision's GROUP by GROUP, drawing from randomness(*key).
-    Given a batch, such a transform draws once for all of it. Image by image it is slow."""
+    """Apply a random transform, which draws once for all that it is given, GROUP by GROUP."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(randomness(*key).initial_seed())
         return torch.cat([transform(group) for group in images.split(GROUP)])

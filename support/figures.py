@@ -1,7 +1,4 @@
-"""Pictures: painted predictions, curves and heat maps.
-
-Figures are drawn without pyplot, so that importing this changes no back end and no setting.
-"""
+"""Pictures, curves and heat maps, drawn without pyplot: importing this changes no setting."""
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +16,7 @@ MARKERS, DASHES = "os^Dv<>", ("-", "--", "-.", ":")  # for eyes and prints witho
 
 def paint(prediction, images, ids_hide, patch_size, norm_pix):
     """Normalised images with a prediction at their hidden places: (B, N − V, P·P·C) → (B, C, H, H).
-    A model with norm_pix predicts each patch only up to its mean and deviation, so its raw output
-    looks like noise. To be seen, it is given those of the image's own patch."""
+    With norm_pix a prediction knows no mean and deviation: it is drawn with those of the image."""
     patches = patchify(images, patch_size)                               # (B, N, P·P·C)
     prediction = prediction.to(patches.dtype)
     if norm_pix:
@@ -31,11 +27,9 @@ def paint(prediction, images, ids_hide, patch_size, norm_pix):
 
 
 def reconstructions(config, images, output, targets=None):
-    """{caption: pictures (B, C, H, H) in 0 … 1}: image, visible part, targets, each decoder's work.
-    images are normalised, output is DeepMIM's for them, targets are HybridTargets or None."""
+    """{caption: pictures (B, C, H, H)} of normalised images, DeepMIM's output, HybridTargets."""
     def picture(patches, norm_pix=config.norm_pix):
         return to_pixels(paint(patches, images, output.ids_hide, config.patch_size, norm_pix))
-
     grey = torch.zeros_like(output.predictions[0])  # the mean colour
     columns = {"image": to_pixels(images), "visible": picture(grey, norm_pix=False)}
     if targets:
@@ -95,23 +89,19 @@ def heat_map(axis, matrix, lowest, title, xlabel, ylabel):
     image = axis.imshow(matrix.numpy(), origin="lower", extent=extent, vmin=lowest, vmax=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_title(title, fontsize=9)
-    for line in (axis.xaxis, axis.yaxis):
-        line.set_major_locator(MaxNLocator(integer=True))
     axis.figure.colorbar(image, ax=axis, shrink=0.85, label="CKA")
 
 
 def training_curves(histories):
     """A figure of {name: lines of log.jsonl}: losses by decoder; of fine-tuning, accuracy too."""
-    drawn = {"loss on hidden patches": {}, "cross-entropy": {}, "validation accuracy, %": {}}
-    decoders, losses, accuracies = drawn.values()
+    drawn = {}  # {label of the axis: {name of the line: values}}
     for name, history in histories.items():
         for tap in history[0].get("losses", ()):
-            decoders[f"{name} block {tap}"] = [line["losses"][tap] for line in history]
-        if "val_loss" in history[0]:
-            losses[f"{name} training"] = [line["train_loss"] for line in history]
-            losses[f"{name} validation"] = [line["val_loss"] for line in history]
-            accuracies[name] = [100 * line["val_accuracy"] for line in history]
-    drawn = {label: series for label, series in drawn.items() if series}
+            losses = [line["losses"][tap] for line in history]
+            drawn.setdefault("loss on hidden patches", {})[f"{name} block {tap}"] = losses
+        for key in [key for key in history[0] if key in ("train_loss", "val_loss", "val_accuracy")]:
+            label = "accuracy" if key == "val_accuracy" else "cross-entropy"
+            drawn.setdefault(label, {})[f"{name} {key}"] = [line[key] for line in history]
     figure, axes = panels(len(drawn), "training curves")
     for axis, (label, series) in zip(axes, drawn.items()):
         lines(axis, series, "epoch", label)

@@ -100,7 +100,6 @@ def without_damaged(part, machine, workers):
             return read_image(path, 3) is not None
         except BadInput:
             return False
-
     bad, good, bar = [], [], machine.progress(len(part.items), "looking for damage")
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for i, fine in enumerate(pool.map(readable, part.items)):

@@ -12,24 +12,22 @@ def randomness(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
-def learning_rate(step, steps, warmup, peak):
-    """The rate of `step`, from 0: a line up to peak over `warmup` steps, then half a cosine."""
-    if step < warmup:
-        return peak * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def make_schedule(peak, epochs, warmup_epochs, steps_per_epoch):
-    """learning_rate as a function of the step, over all epochs; None warms up a tenth of them."""
+    """The learning rate as a function of the step, over all epochs: a line up to peak, then half a
+    cosine down to 0. The line takes a tenth of the epochs where warmup_epochs is None."""
+    steps = epochs * steps_per_epoch
     warmup = (epochs / 10 if warmup_epochs is None else warmup_epochs) * steps_per_epoch
-    return lambda step: learning_rate(step, epochs * steps_per_epoch, warmup, peak)
+
+    def learning_rate(step):
+        if step < warmup:
+            return peak * step / warmup
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return learning_rate
 
 
 def make_optimizer(model, weight_decay, beta2, lr_scale=lambda name: 1.0):
-    """AdamW for what is trained; lr_scale(name) is a parameter's share of the rate, see set_lr.
-    Matrices decay; biases, norms, tokens and positions don't."""
-    groups = {}
+    """AdamW for what is trained; lr_scale(name) is a parameter's share of the rate, see set_lr."""
+    groups = {}  # matrices decay; biases, norms, tokens and positions don't
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))

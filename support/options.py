@@ -84,22 +84,19 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def int_list(text):
-    """"6,8,10,12" → (6, 8, 10, 12)"""
-    return tuple(int(number) for number in text.split(",") if text)
-
-
-def fraction_list(text):
-    """"0,1/3,2/3" → (0.0, 0.333…, 0.666…)"""
-    return tuple(float(Fraction(number)) for number in text.split(","))
+def number_list(text):
+    """"6,8,10,12" → (6, 8, 10, 12), "0,1/3" → (0, 0.333…)"""
+    words = text.split(",") if text else ()
+    return tuple(int(word) if word.isdecimal() else float(Fraction(word)) for word in words)
 
 
 def add_model_options(parser):
     """Config's fields as options: --image-size, --taps, --norm-pix/--no-norm-pix and so on."""
     group = parser.add_argument_group("model, see Config in deepmim.py")
     for field in dataclasses.fields(Config):
-        how = {"type": field.type if field.type in (int, float) else int_list}
-        how = {"action": argparse.BooleanOptionalAction} if field.type is bool else how
+        how = {"type": field.type if field.type in (int, float) else number_list}
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
         how |= {"default": field.default, "help": "default: %(default)s"}
         group.add_argument(option(field.name), **how)
 

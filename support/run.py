@@ -16,13 +16,11 @@ except ImportError:  # Windows has no such locks; nothing then keeps a second pr
     fcntl = None
 
 MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset")  # when a run goes on
-ADVICE = ("what was saved before is intact; try a lower --lr, a longer --warmup-epochs or "
-          "--no-amp, with another --out")
+ADVICE = "what was saved before is intact; try a lower --lr, a longer --warmup-epochs or --no-amp"
 
 
 def write(path, save):
-    """Call save(a file open for writing), then move it to path: readers find the old or the new.
-    Raises RunFailed, with what was there intact."""
+    """Call save(a file to write to), then move it to path: all of it is there, or RunFailed."""
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, "wb") as file:
@@ -59,32 +57,27 @@ def check_finite(losses, epoch, names):
 
 
 class Run:
-    """The directory of a run: what was done, how to go on.
+    """The directory of a run, of options, a dict; other options are refused, but for MAY_CHANGE.
     last.pt is written last in an epoch and holds all that the next one needs, the log included. So
     a run that was killed loses at most the epoch in progress, and repeats it to the same weights. A
-    lock keeps a second process out while the first lives. A run with other options, a dict, is
-    refused, but for those of MAY_CHANGE."""
+    lock keeps a second process out while the first lives."""
     def __init__(self, path, options, machine, resume=True):
         self.path, self.machine, self.resume = Path(path), machine, resume
         self.options = {name: value for name, value in options.items() if name not in MAY_CHANGE}
         self.history, self.state, self.lock = [], None, None
-        if self.resume and (self.path / "last.pt").exists():
-            self.state = self._read_last()
-            self.history = self.state["history"]
-
-    def _read_last(self):
+        if not (self.resume and (self.path / "last.pt").exists()):
+            return
         remedy = "use another --out, or --no-resume to overwrite it"
         try:
-            state = checkpoint.read(self.path / "last.pt")
+            self.state = checkpoint.read(self.path / "last.pt")
         except BadInput as error:
             raise BadInput(f"{error}; {remedy}") from None
-        before, differ = state["options"], []
+        before, differ, self.history = self.state["options"], [], self.state["history"]
         for name in sorted(before.keys() | self.options.keys()):
             if before.get(name) != self.options.get(name):
                 differ.append(f"{option(name)} was {before.get(name)}, is {self.options.get(name)}")
         require(not differ, f"--out: {self.path} holds a run with other options "
                 f"({'; '.join(differ)}); {remedy}")
-        return state
 
     def open(self):
         """Make and lock the directory; without resuming, free it of the run before."""
@@ -125,8 +118,7 @@ class Run:
             write_json(self.path / "result.json", {**figures, "options": self.options})
 
     def finish_epoch(self, record, content):
-        """Write model.pt with `content`, log.jsonl, after the last epoch result.json, and last.pt.
-        Raises RunFailed where a weight or a figure is no number, or a file can't be written."""
+        """Write content as model.pt, log.jsonl, last.pt, at the end result.json; or RunFailed."""
         model, optimizer, scaler = self.parts
         record = {"epoch": len(self.history) + 1, **record}
         figures = {name: value for name, value in record.items() if isinstance(value, float)}

@@ -39,26 +39,20 @@ FIGURES = {  # of coordinates u, v in radii of the figure: about a distance, bel
 
 
 def make_shapes(n, seed, side=32):
-    """n pictures (n, 3, side, side) uint8 with labels (n,): one of FIGURES each.
-    Colour, place, size, rotation and texture say nothing about the class, and a bar crosses each
-    picture. So neither a histogram nor a single patch gives the class away."""
+    """n pictures (n, 3, side, side) uint8 with labels (n,): one of FIGURES each, crossed by a bar.
+    Colour, place, size, rotation and texture say nothing about the class."""
     generator = randomness("shapes", seed)
     labels = torch.randint(len(FIGURES), (n,), generator=generator)
-
     def draw(low, high, *shape):
         return torch.empty(n, *shape, 1, 1).uniform_(low, high, generator=generator)
-
     line = torch.arange(side, dtype=torch.float32) + 0.5
     y, x = line[None, :, None], line[None, None, :]
-
     def wave():  # stripes of random direction, length and phase, −1 … 1
         angle, rate, phase = draw(0, 2 * math.pi), draw(0.15, 0.9), draw(0, 2 * math.pi)
         return torch.sin(rate * (x * angle.cos() + y * angle.sin()) + phase)
-
     base = draw(0.1, 0.9, 3)
     texture = (0.5 * wave() + 0.5 * wave() * wave())[:, None]      # (n, 1, side, side)
     image = base + draw(-0.12, 0.12, 3) * texture                  # (n, 3, side, side)
-
     radius, middle = draw(9, 14), side / 2
     place_x = middle + draw(-1, 1) * (middle - 0.9 * radius)
     place_y = middle + draw(-1, 1) * (middle - 0.9 * radius)
@@ -72,7 +66,6 @@ def make_shapes(n, seed, side=32):
     inside = (0.5 - distance * radius).clamp(0, 1)[:, None]        # a soft edge, one pixel wide
     colour = (base + draw(0.3, 0.7, 3)).remainder(1) + 0.08 * wave()[:, None]
     image = image + inside * (colour - image)
-
     angle = draw(0, 2 * math.pi)
     across = ((x - middle) * angle.cos() + (y - middle) * angle.sin() - draw(-12, 12)).abs()
     bar = (draw(0.3, 1.0) + 0.5 - across).clamp(0, 1)[:, None]

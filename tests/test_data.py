@@ -130,8 +130,9 @@ def test_hold_out_and_limit_choose_the_same_training_images_in_every_run(images)
     assert same.items == held_out.items and find(images, limit=4)[1].items == test.items
     for part in (fewer, held_out):
         assert part.labels.tolist() == ["dog" in path for path in part.items]
-    with pytest.raises(BadInput, match="--limit: 19 is more than the 18 training images"):
-        find(images, limit=19)
+    for name in ("limit", "batch-size"):
+        with pytest.raises(BadInput, match=f"--{name}: 19 is more than the 18 training images"):
+            find(images, **{name.replace("-", "_"): 19})
 
 
 def test_held_out_images_are_those_of_find_or_all_without_train(images):

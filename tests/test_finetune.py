@@ -2,7 +2,7 @@
 
 import json
 import math
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -29,16 +29,12 @@ def classifier(**how):
 
 
 @pytest.mark.parametrize("pool, norm", [("mean", "fc_norm"), ("cls", "norm")])
-def test_names_are_those_of_timms_classifier(pool, norm):
-    """global_pool="avg" has fc_norm and no norm, "token" the reverse."""
-    found = {name.removeprefix("encoder.") for name in classifier(pool=pool).state_dict()}
+def test_what_is_pooled_and_that_names_are_timms(pool, norm):
+    """There, global_pool="avg" has fc_norm and no norm, "token" the reverse."""
+    model = classifier(pool=pool)
+    found = {name.removeprefix("encoder.") for name in model.state_dict()}
     encoder = {name for name in ViT(TINY).state_dict() if not name.startswith("norm.")}
     assert found == encoder | {f"{norm}.weight", f"{norm}.bias", "head.weight", "head.bias"}
-
-
-@pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_mean_pools_patch_tokens_before_the_norm_and_cls_the_class_token(pool):
-    model = classifier(pool=pool)
     tokens = model.encoder.forward_intermediates(NOISE)[-1]
     pooled = tokens[:, 1:].sum(dim=1) / 16 if pool == "mean" else tokens[:, 0]
     centred = pooled - pooled.mean(1, keepdim=True)
@@ -68,18 +64,6 @@ def test_layer_rates_follow_the_closed_form():
     assert not names
 
 
-# ---------------------------------------------------------------------------------------- measuring
-
-
-class Logits(list):
-    """(logits, label) of images, for an Identity."""
-
-    def batches(self, chunks):
-        for ids in chunks:
-            logits, labels = zip(*[self[i] for i in ids])
-            yield torch.stack(logits), torch.stack(labels)
-
-
 @pytest.mark.parametrize("classes", [9, 12])
 def test_evaluate_counts_best_and_five_best(monkeypatch, classes):
     monkeypatch.setattr(finetune, "EVALUATION_BATCH", 30)
@@ -91,8 +75,8 @@ def test_evaluate_counts_best_and_five_best(monkeypatch, classes):
     expected = {"val_loss": sum(losses) / 40, "val_accuracy": ranks.count(0) / 40}
     if classes == 12:
         expected["val_top5"] = sum(rank < 5 for rank in ranks) / 40
-    images = Logits(zip(logits, labels))
-    images.classes = range(classes)
+    images = MagicMock(classes=range(classes), __len__=lambda self: 40)
+    images.batches = lambda chunks: ((logits[ids], labels[ids]) for ids in chunks)
     record = finetune.evaluate(torch.nn.Identity(), images, CPU)
     assert record == pytest.approx(expected, rel=1e-5)
 
@@ -142,18 +126,6 @@ def test_the_held_out_images_are_not_read_with_hold_out(call, pretrained, tmp_pa
     assert len(seen) == len(set(seen)) == 18 and not [path for path in seen if "/val/" in path]
 
 
-def test_parts_of_a_batch_add_up(call, pretrained, tmp_path):
-    for parts in (1, 3):
-        call("finetune", "--init", pretrained, "--lr", 1e-3, "--no-amp", "--accumulate", parts,
-             "--out", tmp_path / str(parts))
-    for one, three in zip(log(tmp_path / "1"), log(tmp_path / "3"), strict=True):
-        assert one["train_loss"] == pytest.approx(three["train_loss"], rel=1e-5)
-        assert one["val_loss"] == pytest.approx(three["val_loss"], rel=1e-4)
-
-
-# ----------------------------------------------------------------------- what is loaded and trained
-
-
 @pytest.fixture
 def at_the_start(call, tmp_path, monkeypatch):
     """A function of options: the classifier as it enters the first epoch."""
@@ -194,13 +166,12 @@ def test_reinit_changes_exactly_the_last_blocks(pretrained, at_the_start, blocks
         assert name not in given or not torch.equal(scratch[name], given[name])
 
 
-@pytest.mark.parametrize("content", [lambda state: {**state, "head.weight": torch.zeros(5, 192)},
-                                     lambda state: {"state_dict": state}])
-def test_timms_encoders_are_loaded_whole(refused, tmp_path, at_the_start, content):
+@pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": state}])
+def test_timms_encoders_are_loaded_whole(refused, tmp_path, at_the_start, wrap):
     state = ViT(Config(**{**vars(TINY), "dim": 192, "heads": 3})).state_dict()
-    torch.save(content(state), tmp_path / "them.pth")
+    torch.save(wrap({**state, "head.weight": torch.zeros(5, 192)}), tmp_path / "them.pth")
     model = at_the_start("--init", tmp_path / "them.pth", "--pool", "cls").state_dict()
     assert all(torch.equal(model["encoder." + name], value) for name, value in state.items())
     del state["blocks.1.mlp.fc2.bias"]
-    torch.save(content(state), tmp_path / "them.pth")
+    torch.save(wrap(state), tmp_path / "them.pth")
     refused("finetune", "blocks.1.mlp.fc2.bias is missing", "--init", tmp_path / "them.pth")

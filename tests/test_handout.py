@@ -150,10 +150,3 @@ def test_the_experiments_start_from_commands_that_are_understood():
     for script, arguments in commands:
         script = {"train": train, "finetune": finetune, "analyze": analyze}[script]
         script.parse(shlex.split(arguments))
-
-
-def test_every_file_that_the_texts_link_to_is_there():
-    for name in ("EXERCISES.md", "TUTORIAL.md"):
-        text = (HERE / "course" / name).read_text(encoding="utf-8")
-        for link in re.findall(r"\]\(([^)# ]+)\)", text):
-            assert (HERE / "course" / link).exists(), link

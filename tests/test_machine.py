@@ -9,15 +9,11 @@ from support.options import BadInput
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("world, accumulate, fits", [
-    ("1", 4, True), ("1", 5, False), ("2", 4, False), ("5", 1, False)])
-def test_a_batch_is_cut_evenly_or_refused(monkeypatch, world, accumulate, fits):
+@pytest.mark.parametrize("world, accumulate", [("1", 5), ("2", 4), ("5", 1)])
+def test_a_batch_is_cut_evenly_or_refused(monkeypatch, world, accumulate):
     monkeypatch.setenv("WORLD_SIZE", world)
-    if fits:
-        assert machine.start("cpu", False, 12, accumulate) == machine.Machine(CPU)
-    else:
-        with pytest.raises(BadInput, match=f"{world} processes × --accumulate {accumulate}"):
-            machine.start("cpu", False, 12, accumulate)
+    with pytest.raises(BadInput, match=f"{world} processes × --accumulate {accumulate}"):
+        machine.start("cpu", False, 12, accumulate)
 
 
 @pytest.mark.parametrize("fast, abilities, on_cpu, on_gpu", [

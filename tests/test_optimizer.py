@@ -1,20 +1,12 @@
-"""Seeds, the schedule, parameter groups."""
+"""The schedule, and parameter groups."""
 
 import math
 
 import pytest
-import torch
 from conftest import TINY
 
 from deepmim import DeepMIM
 from support import optimizer
-
-
-def test_randomness_is_the_same_for_a_key_and_another_for_others():
-    keys = [(0, "order", 1), (0, "order", 2), (0, "mask", 1), (1, "order", 1), (0, "order", "1")]
-    draws = [torch.rand(4, generator=optimizer.randomness(*key)) for key in keys]
-    assert torch.equal(draws[0], torch.rand(4, generator=optimizer.randomness(*keys[0])))
-    assert len({tuple(draw.tolist()) for draw in draws}) == len(keys)
 
 
 @pytest.mark.parametrize("warmup_epochs, warmup", [(None, 20), (5, 50), (0, 0)])

@@ -1,7 +1,7 @@
 """Presets, how a script ends, and the bad input that train.py and finetune.py refuse."""
 
 import os
-from pathlib import Path
+import sys
 
 import pytest
 import torch
@@ -13,15 +13,13 @@ from deepmim import Config
 from support import options
 from support.options import BadInput, RunFailed
 
-SCRIPTS = ["train", "finetune"]
-
 
 def test_options_go_over_presets_over_defaults(monkeypatch):
     monkeypatch.setattr(train, "PRESETS", {"shapes": dict(dim=16, heads=2, epochs=3, lr=1)})
     args = train.parse(["--heads", "4", "--taps", "3,12", "--no-norm-pix"])
     assert (args.dim, args.heads, args.epochs, args.depth) == (16, 4, 3, 12)
     assert options.config_from(args) == Config(dim=16, heads=4, taps=(3, 12), norm_pix=False)
-    assert options.fraction_list("0,1/3,0.5") == pytest.approx((0, 1 / 3, 0.5))
+    assert options.number_list("0,1/3,0.5") == pytest.approx((0, 1 / 3, 0.5))
 
 
 @pytest.mark.parametrize("preset, arguments, expected", [
@@ -35,17 +33,12 @@ def test_a_given_rate_goes_over_the_presets(monkeypatch, preset, arguments, expe
 @pytest.mark.parametrize("script, start", [(train, []), (finetune, ["--scratch"])])
 def test_presets_set_options_that_exist(monkeypatch, script, start):
     presets = script.PRESETS
-    found = {name: vars(script.parse([*start, "--preset", name])) for name in presets}
     monkeypatch.setattr(script, "PRESETS", {"shapes": {"lr": 1}})
     known = {*vars(script.parse(start)), "size"}
-    for name, preset in presets.items():
-        assert preset.keys() <= known
-        for field in preset.keys() - {"blr"}:
-            assert found[name][field] == preset[field]
+    assert all(preset.keys() <= known for preset in presets.values())
 
 
 def ended(capsys, main):
-    """(exit status, stdout, stderr)"""
     with pytest.raises(SystemExit) as end:
         options.run(main)
     return end.value.code, *capsys.readouterr()
@@ -68,34 +61,27 @@ def test_a_script_ends_with_a_status_and_one_line(capsys, monkeypatch, error, st
     assert ended(capsys, main) == (status, "", "")
 
 
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        options.run(lambda: 1 / 0)
-
-
-# ------------------------------------------------------------------------------ bad input: options
-# "arguments → words of the message", which are the option's name where none are given
-
+# Bad input: "arguments → words of the message", without words the option's name.
 BOTH = [
     "--epochs 0 → --epochs: 0 must be", "--epochs -1", "--epochs 1.5", "--lr 0", "--lr -1",
     "--lr nan → --lr: nan", "--lr inf → --lr: inf", "--blr 0", "--lr 1 --blr 1 → not allowed with",
     "--workers -1", "--batch-size 0", "--batch-size 2.5", "--seed -1",
     "--batch-size 19 → 19 is more than the 18", f"--seed {2**64}", "--limit 0",
-    "--limit 19 → --limit: 19 is more than",
-    "--accumulate 0", "--accumulate 4 → --accumulate 4", "--beta2 1 → --beta2: 1.0 must be",
-    "--weight-decay -1", "--warmup-epochs 2 → 2 must be below", "--preset cifar11", "--preset",
-    "--device tpu", "--device cuda → no cuda device", "--nonsense", "--epoch 3 → --epoch",
-    "--data nowhere → 'nowhere' is neither", "--data FILE → --data", "--out FILE", "--out FILE/run",
-    "--out DATA/train/run → lies in --data", "--out DATA → lies in --data",
-    "--dim 18 → --dim: 18 must be divisible by 4", "--depth 0 → --depth: 0 must be 1 or more",
+    "--limit 19 → --limit: 19 is more than", "--accumulate 0", "--accumulate 4 → --accumulate 4",
+    "--beta2 1 → --beta2: 1.0 must be", "--weight-decay -1", "--warmup-epochs 2 → 2 must be below",
+    "--preset cifar11", "--preset", "--device tpu", "--device cuda → no cuda device", "--nonsense",
+    "--epoch 3 → --epoch", "--data nowhere → 'nowhere' is neither", "--data FILE → --data",
+    "--out FILE", "--out FILE/run", "--out DATA/train/run → lies in --data",
+    "--out DATA → lies in --data", "--dim 18 → --dim: 18 must be divisible by 4",
+    "--depth 0 → --depth: 0 must be 1 or more",
     "--heads 3 → --dim: 16 must be divisible by heads, 3", "--channels 2 → --channels: images",
     "--image-size 9 → --image-size: 9 must be divisible by patch_size, 2",
     "--init nowhere.pt → nowhere.pt: no such file", "--init FILE → FILE: not a checkpoint",
     "--init OTHER → OTHER: no ViT of ours", "--init NAN → cls_token holds NaN"]
 TRAIN = [
     "--taps 1,2", "--taps 0,3 → --taps: (0, 3) must rise from 1", "--taps 1,4", "--taps 2,1,3",
-    "--taps 1,1,3", "--taps ,", "--taps one → 'one'", "--taps 6,x", "--alphas 0,1/2",
-    "--alphas x", "--alphas 0 --teacher MODEL → must be 2 numbers", "--method clip",
+    "--taps 1,1,3", "--taps ,", "--taps one → 'one'", "--taps 6,x", "--alphas 0,1/2", "--alphas x",
+    "--alphas 0 --teacher MODEL → must be 2 numbers", "--method clip",
     "--alphas 0,2 --teacher MODEL → in 0 to 1", "--alphas 0,nan --teacher MODEL",
     "--alphas 0,1/0 --teacher MODEL", "--alphas 1e400,0 --teacher MODEL",
     "--teacher nowhere.pt → nowhere.pt: no such file", "--teacher FILE → FILE: not a checkpoint",
@@ -117,9 +103,9 @@ FINETUNE = [
     "--trainable-blocks 1 --linear-probe → not allowed with", "--knn-k 0", "--erasing often",
     "--init MODEL --eval → MODEL has no classifier", "--eval → model.pt is needed",
     "--init TUNED --eval → TUNED: encoder.cls_token holds NaN", "--init FILE --eval → not a check",
-    "--hold-out 1", "--pool max",
-    "--erasing 1", "--randaugment 31", "--mixup -1", "--layer-decay 0", "--drop-path 1",
-    "--smoothing 1", "--classes 3", "--taps 3", "--init TUNED --eval --data DATA/val → knows cat, dog",
+    "--hold-out 1", "--pool max", "--erasing 1", "--randaugment 31", "--mixup -1",
+    "--layer-decay 0", "--drop-path 1", "--smoothing 1", "--classes 3", "--taps 3",
+    "--init TUNED --eval --data DATA/val → knows cat, dog",
     "--data DATA/train/cat → has no classes", "--data ONE --batch-size 1 → has no classes"]
 ROWS = {"train": BOTH + TRAIN, "finetune": BOTH + FINETUNE}
 
@@ -153,26 +139,17 @@ def test_options_that_cannot_be_used(refused, places, monkeypatch, script, row):
     assert places["FILE"].read_text() == "text" and not list(places["DATA"].rglob("log.jsonl"))
 
 
-def test_finetune_must_be_told_where_to_start():
-    with pytest.raises(BadInput, match="--init --scratch is required"):
-        finetune.main([])
-
-
-# -------------------------------------------------------- bad input: images, see test_folder too
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["train", "finetune"])
 def test_damaged_images_are_refused_or_skipped_and_odd_ones_used(call, tmp_path, capsys, script):
     folder = write_folder(tmp_path / "images")
     write_noise(folder / "train" / "dog" / "0.png", side=1)
-    (folder / "train" / "cat" / "up").symlink_to(folder)
-    (folder / "train" / "circle").symlink_to(folder / "train" / "circle")
     for part in ("train", "val"):
         (folder / part / "cat").rename(folder / part / "a cat,\na kätzchen 🐈")
-    bad = Path(os.fsdecode(os.fsencode(folder / "train" / "dog") + b"/\xff.png"))  # no text
-    bad.write_text("")
+    name = os.fsdecode(b"\xff.png") if sys.platform == "linux" else "bad.png"  # there not text
+    (folder / "train" / "dog" / name).write_text("")
+    shown = name.encode(errors="backslashreplace").decode()
     arguments = [script, "--data", folder, "--out", tmp_path / "out", "--epochs", 1]
     status, _, err = ended(capsys, lambda: call(*arguments))
-    assert status == 2 and "\\udcff.png: not an image" in err and not (tmp_path / "out").exists()
+    assert status == 2 and f"{shown}: not an image" in err and not (tmp_path / "out").exists()
     status, out, _ = ended(capsys, lambda: call(*arguments, "--skip-damaged"))
-    assert status == 0 and f"left out 1 of 19 files: {bad.parent}/\\udcff.png" in out
+    assert status == 0 and f"left out 1 of 19 files: {folder}/train/dog/{shown}" in out

@@ -18,8 +18,6 @@ from support.machine import Machine
 from support.options import BadInput, RunFailed
 from support.run import Run
 
-SCRIPTS = ["train", "finetune"]
-
 
 @pytest.mark.parametrize("error, raised", [
     (OSError(28, "No space left on device"), RunFailed), (KeyboardInterrupt(), KeyboardInterrupt)])
@@ -33,9 +31,6 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, error, raised):
     with pytest.raises(raised, match="No space left|^$"):
         run_module.write(path, fails)
     assert json.loads(path.read_text()) == {"a": [1, 2]} and list(tmp_path.iterdir()) == [path]
-
-
-# ------------------------------------------------------------------------ a run of a linear layer
 
 
 def small_run(path, rank=0, scaler=False):
@@ -60,6 +55,8 @@ def two_epochs(path, **how):
 def test_a_run_cut_before_any_write_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     writes = Mock(wraps=run_module.write)
     monkeypatch.setattr(run_module, "write", writes)
+    two_epochs(tmp_path / "whole", rank=1)
+    assert not list(tmp_path.iterdir())  # one process of several writes
     two_epochs(tmp_path / "whole")
     assert writes.call_count == 7  # three files an epoch, and the result
     for stop in range(7):
@@ -86,12 +83,6 @@ def test_what_is_no_number_is_not_saved(tmp_path, place):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_one_process_of_several_writes(tmp_path):
-    two_epochs(tmp_path / "second", rank=1)
-    two_epochs(tmp_path / "first", rank=0)
-    assert list(tmp_path.iterdir()) == [tmp_path / "first"] and len(log(tmp_path / "first")) == 2
-
-
 @pytest.mark.parametrize("before", [False, True])
 def test_a_run_goes_on_where_a_scaler_is_needed_and_where_it_is_not(tmp_path, before):
     """As from an A100, which computes in bfloat16, to a T4 with float16 and a scaler, and back."""
@@ -100,9 +91,6 @@ def test_a_run_goes_on_where_a_scaler_is_needed_and_where_it_is_not(tmp_path, be
     run.finish_epoch({"seconds": 1}, {})
     run, *parts = small_run(tmp_path, scaler=not before)
     assert next(run.epochs(2, *parts)) == 1 and parts[2].get_scale() == (1 if before else 2**16)
-
-
-# ------------------------------------------------------------------------------ the scripts' runs
 
 
 @pytest.mark.parametrize("script, more", [("train", []), ("finetune", AUGMENTED)])
@@ -120,9 +108,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(call, tmp_path, capsys, 
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
     call(*again, "--workers", 1)
     assert f"{out}, after epoch 2" in capsys.readouterr().out and not differing(whole, out)
-    for one, other in zip(log(whole), log(out), strict=True):
-        assert {**one, "seconds": 0, "images_per_second": 0} == {
-            **other, "seconds": 0, "images_per_second": 0}
+    assert [line["epoch"] for line in log(out)] == [1, 2, 3]
     call(*again)
     assert "is finished" in capsys.readouterr().out
     with stopped_before(1):
@@ -133,9 +119,8 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(call, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("damage", [
-    lambda content: content[:-500], lambda content: b"", lambda content: b"no checkpoint",
-    lambda content: content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:],
-], ids=["cut short", "empty", "text", "one bit"])
+    lambda content: content[:-500], lambda content: b"no checkpoint",
+    lambda content: content[:20_000] + bytes([content[20_000] ^ 1]) + content[20_001:]])
 def test_a_damaged_last_pt_is_refused_with_a_way_out(call, tmp_path, damage):
     with stopped_before(2):
         call("train", "--out", tmp_path)
@@ -149,23 +134,17 @@ def test_a_damaged_last_pt_is_refused_with_a_way_out(call, tmp_path, damage):
     assert len(log(tmp_path)) == 2
 
 
-HOLD = """import fcntl, sys
-file = open(sys.argv[1], "w")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("locked", flush=True)
-sys.stdin.read()"""
-
-
 def test_a_second_process_is_kept_out_while_the_first_lives(call, tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
-    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert first.stdout.readline() == "locked\n"
-    for script in SCRIPTS:
+    code = "import fcntl; f = open('lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); input('locked')"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout.read(6) == "locked"
+    for script in ("train", "finetune"):
         for resume in ("--resume", "--no-resume"):
             with pytest.raises(BadInput, match="--out: .*another process is at work"):
                 call(script, "--out", tmp_path, resume)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-    first.communicate()
+    first.communicate("\n")
     call("train", "--out", tmp_path)
     assert len(log(tmp_path)) == 2
 

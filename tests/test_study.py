@@ -62,7 +62,7 @@ def test_means_and_sample_deviations_over_seeds(runs):
     assert deepmim[report.KNN[0] + ", margin", 0] == pytest.approx((2, math.sqrt(14 / 2), 3))
     assert mae[report.COST] == (11, 0, 3) and deepmim[report.COST] == (23, 0, 3)
     assert deepmim[report.LOSS] == pytest.approx((0.51, 0.01, 3)) and mae["loss", 1] == (1.5, 0, 3)
-    assert mae["with its last block", 1] == pytest.approx((0.6, 0.1, 3))
+    assert mae["models", 1] == pytest.approx((0.6, 0.1, 3))
     assert "| 44.0 ± 4.6 |" in text and "| +2.0 ± 2.6 |" in text
 
 
