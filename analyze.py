@@ -130,7 +130,8 @@ def load_models(args, device):
 
 def short_names(paths):
     """Names for a legend: the folder of a model.pt, else the file; whole paths if two are alike."""
-    names = [path.parent.name if path.name == "model.pt" else path.stem for path in paths]
+    paths = [path.parent if path.name == "model.pt" else path for path in paths]
+    names = [path.name.removesuffix(".pth").removesuffix(".pt") for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path} ({place})" for place, path in enumerate(paths, start=1)]
     return names
@@ -241,6 +242,8 @@ def curves(args, models, batches):
             histories[name] = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise BadInput(f"{run / 'log.jsonl'}: no log of a run ({error})") from None
+        holds = histories[name] and {"losses", "val_loss"} & histories[name][0].keys()
+        require(holds, f"{run / 'log.jsonl'}: no epoch of train.py or finetune.py is in it")
     return figures.training_curves(histories), {"runs": histories}
 
 
@@ -290,8 +293,9 @@ def main(argv=None):
     figure, numbers = args.function(args, models, batches)
     make_directory(args.out)
     table, picture = args.out / f"{args.command}.json", args.out / f"{args.command}.png"
-    said = {n: v for n, v in vars(args).items() if n in ("command", "data", "images", "tokens")}
-    write_json(table, {**said, "from": [str(path) for path in args.models], **numbers})
+    said = {name: vars(args)[name] for name in ("command", "data", "tokens") if name in args}
+    write_json(table, {**said, "images": sum(map(len, batches)),
+                       "from": [str(path) for path in args.models], **numbers})
     figures.save(figure, picture)
     print(f"{picture}, {table}")
 

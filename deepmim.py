@@ -67,7 +67,7 @@ def sine_cosine_positions(dim, side):
 
 # ---------------------------------------------------------------------------- Transformer block
 def attention_map(q, k):
-    """Who looks where, softmax(q kᵀ / √d): q, k (B, heads, T, d) → (B, heads, T, T) in 0 … 1."""
+    """The share of each token in what each gathers: q, k (B, heads, T, d) → (B, heads, T, T)."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
@@ -163,6 +163,8 @@ class Config:
         rising = sorted(set(self.taps))
         if list(self.taps) != rising or rising[:1] < [1] or rising[-1:] != [self.depth]:
             raise ValueError(f"taps: {self.taps} must rise from 1 up to the depth, {self.depth}")
+        if self.norm_pix and self.patch_dim == 1:
+            raise ValueError("norm_pix: must be False where a patch is a single number")
         if not 0 < int(self.patches * (1 - self.mask_ratio)) < self.patches:
             raise ValueError(f"mask_ratio: {self.mask_ratio} must hide some patches, but not all")
 

@@ -309,7 +309,6 @@ def main(argv=None):
         accuracy = nearest_neighbours(model, images, held_out, args.knn_k, machine)
         machine.print(f"{args.knn_k} nearest neighbours: accuracy {accuracy:.2%}")
         return run.write_result({"val_accuracy": accuracy})
-
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)
     optimizer = make_optimizer(model, args.weight_decay, args.beta2,

@@ -33,8 +33,7 @@ def photograph(path=None):
     try:
         image = read_image(path or portrait, 3)
     except options.BadInput:
-        message = f"--image: {path} can't be read; a JPEG or PNG file is needed"
-        raise options.BadInput(message) from None
+        raise options.BadInput(f"--image: {path} can't be read; use a JPEG or PNG file") from None
     image = transforms.center_crop(image, min(image.size)) if path else image.crop(FACE)
     image = transforms.resize(image, [PATCH * LINE] * 2, data.BICUBIC)
     return data.normalize(transforms.pil_to_tensor(image)[None])
@@ -217,6 +216,7 @@ def draw_cka(walk):
         matrix = block_cka(encoder, encoder, [images])  # (12, 12)
         curves[name] = matrix[:, -1].tolist()
         figures.heat_map(axis, matrix, 0.95, name, "block", "block")
+        axis.set(xticks=range(2, 13, 2), yticks=range(2, 13, 2))
     figures.lines(first, curves, "block", "CKA with the last block")
     return figure
 

@@ -29,8 +29,8 @@ COMPARED = ("mae", "deepmim")  # the arms in pictures
 EPOCHS, COST, LOSS = ("epochs", 0), ("seconds per epoch", 0), ("last decoder's loss", 0)
 KNN, PROBE = ("nearest neighbours, %", 0), ("linear probe, %", 0)
 TUNED = ("finetune", "partial", "reinit")  # x is the number of labels, or of blocks
-# Measures over blocks, by the commands of analyze.py that write them:
-SIMILARITIES = {"cka": ["models"], "cross-cka": ["curves"], "heads": ["attention maps", "outputs"]}
+SIMILARITIES = {"cka": "models", "cross-cka": "curves", "heads": "attention maps"}  # x is a block
+
 FIGURES = {  # name: (title, panels), each panel (xlabel, ylabel, measure that is drawn over x)
     "curves": ("fine-tuning with {labels:,} labels", [
         ("epoch", "training loss, augmented", "train_loss-{labels}"),
@@ -41,8 +41,8 @@ FIGURES = {  # name: (title, panels), each panel (xlabel, ylabel, measure that i
     "cka": ("every block beside the last", [("block", "CKA", "models")]),
     "cross-cka": ("one block beside each of another model", [
         ("block, other method", "CKA", "curves"), ("block, other seed", "CKA", "seeds")]),
-    "heads": ("cosine similarity of pairs of heads; lower is more diverse", [
-        ("block", "of attention maps", "attention maps"), ("block", "of outputs", "outputs")]),
+    "heads": ("attention maps of pairs of heads; lower is more diverse", [
+        ("block", "cosine similarity", "attention maps")]),
     "convergence": ("pre-training", [("epoch", LOSS[0], "loss"), ("hours", LOSS[0], "loss")]),
 }
 
@@ -99,13 +99,13 @@ def add_similarities(path, study):
     """Add what analyze.py wrote into a file to the arms it is of."""
     with naming(path):
         (content,) = read(path)
-        for name in SIMILARITIES[content["command"]]:
-            measure = "seeds" if path.parent.name.startswith("seeds-") else name
-            for model, values in zip(content["from"], content[name].values()):
-                arm, _, seed = Path(model).parent.name.rpartition("-")
-                values = values["with_last"] if name == "models" else values
-                for block, value in enumerate(values, start=1):
-                    study.get((arm, int(seed)), {})[measure, block] = float(value)
+        name = SIMILARITIES[content["command"]]
+        measure = "seeds" if path.parent.name.startswith("seeds-") else name
+        for model, values in zip(content["from"], content[name].values()):
+            arm, _, seed = Path(model).parent.name.rpartition("-")
+            values = values["with_last"] if name == "models" else values
+            for block, value in enumerate(values, start=1):
+                study.get((arm, int(seed)), {})[measure, block] = float(value)
 
 
 def read_study(root):

@@ -34,10 +34,10 @@ def read(path):
         raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({reason})") from None
 
 
-def make_config(path, **values):
+def make_config(path, values):
     """The Config of a file."""
-    try:
-        return Config(**values)
+    try:  # alphas were once a part of it
+        return Config(**{name: value for name, value in dict(values).items() if name != "alphas"})
     except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: its sizes can't be used ({error})") from None
 
@@ -48,7 +48,8 @@ def read_model(path, heads=None, norm_pix=True):
     state = content
     if isinstance(content, dict):
         state = content.get("model", content.get("state_dict", content))
-    holds = isinstance(state, dict) and {type(value) for value in state.values()} == {torch.Tensor}
+    pairs = state.items() if isinstance(state, dict) else ()
+    holds = {(type(name), type(value)) for name, value in pairs} == {(str, torch.Tensor)}
     require(holds, f"{path}: not a model; a model.pt of ours or a state_dict is needed")
     if "config" not in content:
         config = sizes_of(state, heads, norm_pix, path)
@@ -56,8 +57,7 @@ def read_model(path, heads=None, norm_pix=True):
         state = {("decoders.0." if name.startswith(of_decoder) else "encoder.")
                  + name.removeprefix("decoder_"): value for name, value in state.items()}
     else:
-        values = {name: value for name, value in content["config"].items() if name != "alphas"}
-        config = make_config(path, **values)  # alphas were once a part of it
+        config = make_config(path, content["config"])
     require(heads in (None, config.heads), f"--heads: {path} has {config.heads}, not {heads}")
     return config, state
 
@@ -80,13 +80,11 @@ def sizes_of(state, heads, norm_pix, path):
     dim, channels, patch_size, _ = weight
     heads = heads or HEADS.get(dim)
     require(heads, f"{path}: its heads can't be known from a width of {dim}; say --heads")
-    decoder_dim = len(state.get("decoder_embed.weight", range(512)))
-    require(decoder_dim == 512, f"{path}: its decoder isn't MAE's, which is 512 wide with 16 heads")
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     decoder = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
-    return make_config(path, image_size=side * patch_size, patch_size=patch_size, channels=channels,
-                       dim=dim, depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix,
-                       decoder_depth=decoder or 4)
+    return make_config(path, dict(
+        image_size=side * patch_size, patch_size=patch_size, channels=channels, dim=dim,
+        depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix, decoder_depth=decoder or 4))
 
 
 def load_weights(module, state, path):
@@ -122,7 +120,7 @@ def load_frozen(path, device="cpu", decoders=False, heads=None, norm_pix=True):
     """A frozen model of a file: its ViT, or with decoders=True its DeepMIM. Both have a config."""
     config, state = read_model(path, heads, norm_pix) if decoders else read_encoder(path, heads)
     model = DeepMIM(config) if decoders else ViT(config)
-    if not decoders and "norm.weight" not in state:  # fine-tuned: the norm follows the mean
+    if not decoders and "fc_norm.weight" in state:  # fine-tuned: the norm follows the mean
         model.norm = torch.nn.Identity()
     load_weights(model, state, path)
     return model.requires_grad_(False).eval().to(device)

@@ -89,6 +89,8 @@ def heat_map(axis, matrix, lowest, title, xlabel, ylabel):
     image = axis.imshow(matrix.numpy(), origin="lower", extent=extent, vmin=lowest, vmax=1)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.set_title(title, fontsize=9)
+    for line in (axis.xaxis, axis.yaxis):
+        line.set_major_locator(MaxNLocator(integer=True))
     axis.figure.colorbar(image, ax=axis, shrink=0.85, label="CKA")
 
 

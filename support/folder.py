@@ -1,7 +1,6 @@
 """A directory to paths and labels, and a file to pixels."""
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -38,43 +37,40 @@ def find(root):
     """(the Part to train on, the Part held out) of a directory. Raises BadInput.
     root/train/<class>/* with root/val or root/test beside it has labels. A root without train/, or
     without class folders in it, has none; one image in twenty is held out if neither is there."""
-    holds = root and Path(root).is_dir()
+    holds, train, beside = root and Path(root).is_dir(), Path(root) / "train", []
     require(holds, f"--data: {root!r} is neither shapes, cifar10, nor a directory")
-    train, classes, beside = Path(root), [], []
-    if (train / "train").is_dir():
-        train, classes = train / "train", folders_in(train / "train")
+    if train.is_dir():
+        part = labelled(train)
         beside = [train.with_name(name) for name in ("val", "test")]
         beside = [directory for directory in beside if directory.is_dir()]
-        stray = [path for path in train.iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
-        require(not (classes and stray), f"--data: {stray[:1]} lies beside class folders, in none")
-        require(beside or not classes, f"--data: {root} has train/, but neither val/ nor test/")
-    part = labelled(train, classes)
+        stray = [str(path) for path in train.iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
+        require(not (part.classes and stray), f"--data: {stray[:1]} lies beside class folders")
+        require(beside or not part.classes, f"--data: {root} has train/, neither val/ nor test/")
+    else:
+        part = labelled(Path(root), [])
     if beside:
-        return part, labelled(beside[0], classes)
+        return part, labelled(beside[0], part.classes or [])
     n = len(part.items)
-    require(n > 1, f"--data: {part.items[0]} is alone in {train}; another must be held out")
+    require(n > 1, f"--data: {part.items[0]} is alone; 2 images are needed, one to hold out")
     return part.split(math.ceil(n / 20), "held out")
 
 
-def labelled(directory, classes):
-    """The Part of directory/<class>/*, or of all images below directory if classes is empty."""
-    differ = set(classes) ^ set(folders_in(directory)) if classes else ()
-    require(not differ, f"--data: {directory} must have the classes of the training images; these "
-            f"are in one only: {', '.join(sorted(differ))}")
-    numbers = {name: label for label, name in enumerate(classes)} or {"": -1}
+def labelled(directory, classes=None):
+    """The Part of directory/<class>/*, of these classes if given; of all below it without any."""
     try:
+        found = sorted(path.name for path in directory.iterdir() if path.is_dir())
+        classes = found if classes is None else classes
+        differ = sorted(set(classes) ^ set(found)) if classes else ()
+        require(not differ, f"--data: {directory} must have the classes of the training images; "
+                f"these are in one only: {', '.join(differ)}")
+        numbers = {name: label for label, name in enumerate(classes)} or {"": -1}
         samples = make_dataset(str(directory), numbers, IMG_EXTENSIONS, allow_empty=not classes)
-    except FileNotFoundError as error:  # it names the classes without images
-        raise BadInput(f"--data: {directory}: {error}") from None
-    require(samples, f"--data: no images in {directory}; it should hold .jpg or .png files, or "
+    except OSError as error:  # also where a class has no images
+        raise BadInput(f"--data: {directory} can't be used ({error})") from None
+    require(samples, f"--data: no images in {directory}; .jpg or .png files are needed, or "
             "train/<class>/ with them")
     paths, labels = zip(*samples)
     return Part(list(paths), torch.tensor(labels), classes or None)
-
-
-def folders_in(directory):
-    """The names of the folders in a directory, sorted."""
-    return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
 
 
 def read_image(path, channels):

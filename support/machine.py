@@ -31,7 +31,7 @@ class Machine:
     def print(self, text):
         """Print a line, once and not once per process."""
         if self.is_main_process:
-            print(text, flush=True)
+            print(text.encode(errors="backslashreplace").decode(), flush=True)  # names of files
 
     def progress(self, total, description):
         """A progress bar over images, in the main process and on a terminal only."""

@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv, presets=None, linear_probe=None):
         """The options of argv, over those of --linear-probe, of --preset, and defaults.
         --lr goes over --blr, which is for 256 images of a batch (Goyal et al. 2017)."""
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first = Parser(add_help=False)
         first.add_argument("--preset", default="shapes")
         first.add_argument("--linear-probe", action="store_const", const=linear_probe, default={})
         given, _ = first.parse_known_args(argv)
@@ -87,7 +87,10 @@ class Parser(argparse.ArgumentParser):
 def number_list(text):
     """"6,8,10,12" → (6, 8, 10, 12), "0,1/3" → (0, 0.333…)"""
     words = text.split(",") if text else ()
-    return tuple(int(word) if word.isdecimal() else float(Fraction(word)) for word in words)
+    try:
+        return tuple(int(word) if word.isdecimal() else float(Fraction(word)) for word in words)
+    except ArithmeticError:  # which argparse doesn't expect
+        raise ValueError from None
 
 
 def add_model_options(parser):

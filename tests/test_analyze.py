@@ -268,7 +268,7 @@ def test_names_in_legends():
     def names(*paths):
         return analyze.short_names([Path(path) for path in paths])
     assert names("a/model.pt", "x/b/model.pt", "mae.pth", "x/c") == ["a", "b", "mae", "c"]
-    assert names("x/a/model.pt", "y/a/model.pt") == ["x/a/model.pt (1)", "y/a/model.pt (2)"]
+    assert names("x/a/model.pt", "y/a/model.pt") == ["x/a (1)", "y/a (2)"]
 
 
 @pytest.mark.parametrize("line, words", [

@@ -97,10 +97,10 @@ def run(place, monkeypatch):
     return lambda script, arguments: MAINS[script]([*arguments, *smallest(script, arguments)])
 
 
-@pytest.mark.parametrize("document", ["README.md", "course/TUTORIAL.md", "study/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "course/TUTORIAL.md"])
 def test_every_command_works(run, document):
     found = [command for command in commands(document) if command[0] in MAINS]
-    assert found
+    assert len(found) > 1
     for script, arguments in found:
         shutil.rmtree("handout", ignore_errors=True)  # it must be new
         if (script, arguments) != ("train.py", []):

@@ -104,7 +104,8 @@ def test_nearest_neighbours_are_those_of_the_whole_matrix(call, images, pretrain
 @pytest.mark.parametrize("mode", [
     [], ["--pool", "cls"], ["--linear-probe"], ["--image-size", 12]])
 def test_a_run_learns_and_eval_gives_its_result(call, pretrained, tmp_path, capsys, mode):
-    call("finetune", "--init", pretrained, *mode, "--lr", 3e-3, "--out", tmp_path, draw=not mode)
+    call("finetune", "--init", pretrained, *mode, "--lr", 3e-3, "--drop-path", 0.3,
+         "--out", tmp_path, draw=not mode)
     content = torch.load(tmp_path / "model.pt", weights_only=True)
     patches = 36 if "--image-size" in mode else 16
     assert content["model"]["encoder.pos_embed"].shape == (1, 1 + patches, 16)

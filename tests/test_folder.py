@@ -1,7 +1,7 @@
 """Directories and files of images, good and bad ones, made here."""
 
-import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import write_folder, write_noise
@@ -11,7 +11,7 @@ from support import folder
 from support.options import BadInput
 
 
-def test_folders_are_classes_whatever_their_names_and_links_are_not_followed(tmp_path):
+def test_folders_are_classes_whatever_their_names_and_links_to_folders_are_followed(tmp_path):
     root = write_folder(tmp_path / "root")  # 9 and 6 images in each class
     odd = "a cat,\na kätzchen 🐈"
     for part in ("train", "val"):
@@ -19,10 +19,12 @@ def test_folders_are_classes_whatever_their_names_and_links_are_not_followed(tmp
     (root / "train" / odd / "8.png").rename(root / "train" / odd / "8.PNG")
     (root / "train" / odd / "notes.txt").touch()
     (root / "train" / "circle").symlink_to(root / "train" / "circle")
-    (root / "train" / "dog" / "up").symlink_to(root)
+    (root / "val" / "dog").rename(tmp_path / "elsewhere")
+    (root / "val" / "dog").symlink_to(tmp_path / "elsewhere")
     train, val = folder.find(root)
     names = [f"{odd}/{i}.png" for i in range(8)] + [f"{odd}/8.PNG"]
-    assert train.items == [f"{root}/train/{n}" for n in names + [f"dog/{i}.png" for i in range(9)]]
+    names += [f"dog/{i}.png" for i in range(9)]
+    assert train.items == [f"{root}/train/{name}" for name in names]
     assert train.labels.tolist() == [0] * 9 + [1] * 9 and val.labels.tolist() == [0] * 6 + [1] * 6
     assert train.classes == val.classes == [odd, "dog"]
 
@@ -34,8 +36,7 @@ def test_images_without_classes_have_no_labels_and_one_in_twenty_is_held_out(tmp
     train, held_out = folder.find(tmp_path)
     assert len(set(train.items)) == 38 and len(set(held_out.items) - set(train.items)) == 3
     assert held_out.items == folder.find(tmp_path)[1].items
-    for part in (train, held_out):
-        assert part.classes is None and part.labels.tolist() == [-1] * len(part.items)
+    assert train.classes is held_out.classes is None and set(train.labels.tolist()) == {-1}
 
 
 def keep(count, place):
@@ -50,7 +51,7 @@ def keep(count, place):
     (keep(0, "val/cat"), "", "--data: .*val.*cat"),
     (keep(0, "val/cat"), "val/cat", "no images in .*val/cat"),
     (keep(1, "val/cat"), "val/cat", "val/cat/0.png"),
-    (lambda root: (root / "train/cat/0.png").rename(root / "train/0.png"), "", "train/0.png lies"),
+    (lambda root: (root / "train/cat/0.png").rename(root / "train/0.png"), "", "train/0.png.* lies"),
 ])
 def test_bad_directories_are_refused(tmp_path, spoil, place, words):
     root = write_folder(tmp_path / "root")
@@ -59,22 +60,23 @@ def test_bad_directories_are_refused(tmp_path, spoil, place, words):
         folder.find(str(root / place))
 
 
-@pytest.mark.parametrize("place", ["train", "val", "train/dog"])
+@pytest.mark.parametrize("place", ["train", "val"])
 def test_a_directory_that_cannot_be_read_is_refused(tmp_path, monkeypatch, place):
     root = write_folder(tmp_path / "root")
 
-    def refuse(path, scandir=os.scandir):
-        if str(path) == str(root / place):
+    def refuse(path, listed=Path.iterdir):
+        if path == root / place:
             raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        return listed(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(BadInput, match=f"{place}.*Permission denied"):
         folder.find(root)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("mode, value, options", [
-    ("1", 1, {}), ("L", 90, {}), ("P", 90, {}), ("P", 90, {"transparency": 90}),
+    ("1", 1, {}), ("L", 90, {}), ("P", 90, {}), ("P", 90, {"transparency": bytes(9)}),
     ("LA", (90, 3), {}), ("RGB", (90, 90, 90), {}), ("RGBA", (90, 90, 90, 7), {}),
     ("I;16", 90 * 256 + 77, {}), ("I;16", 65535, {}), ("CMYK", (0, 0, 0, 165), {"format": "TIFF"})])
 def test_any_kind_of_image_becomes_the_models_channels(tmp_path, mode, value, options):
