@@ -352,7 +352,6 @@ class DeepMIM(nn.Module):
         if noise is None:
             noise = torch.rand(len(images), config.patches, device=images.device)
         ids_keep, ids_hide = random_masking(noise, config.mask_ratio)
-
         # As in MAE, the last decoder reads normalised tokens. That norm belongs to the last block,
         # so the decoders before it read raw ones.
         outputs = self.encoder.forward_intermediates(images, ids_keep)  # depth × (B, 1 + V, D)

@@ -34,22 +34,20 @@ from support.optimizer import make_optimizer, make_schedule, randomness, set_lr
 from support.options import require
 from support.run import Run, check_finite
 
-LONG = dict(epochs=100, batch_size=1024, warmup_epochs=5, beta2=0.999, drop_path=0.1, mixup=0.8,
-            cutmix=1.0, erasing=0.25)  # MAE's
+MAE = dict(epochs=100, batch_size=1024, warmup_epochs=5, beta2=0.999, drop_path=0.1, mixup=0.8,
+           cutmix=1.0, erasing=0.25)
 PRESETS = {
     "shapes": dict(size="nano", data="shapes", epochs=5, batch_size=32, lr=1e-3),
     "cifar10-nano": dict(size="nano", data="cifar10", epochs=8, batch_size=64, lr=2e-3),
-    "cifar10": dict(LONG, size="tiny", data="cifar10", lr=2e-3, randaugment=9),
-    "imagenet": dict(LONG, size="base", data="imagenet", blr=5e-4, layer_decay=0.65,
-                     randaugment=27),
+    "cifar10": dict(MAE, size="tiny", data="cifar10", lr=2e-3, randaugment=9),
+    "imagenet": dict(MAE, size="base", data="imagenet", blr=5e-4, layer_decay=0.65, randaugment=27),
 }
-LINEAR_PROBE = dict(weight_decay=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, randaugment=0,
-                    erasing=0.0)
+LINEAR_PROBE = dict(weight_decay=0, smoothing=0, mixup=0, cutmix=0, randaugment=0, erasing=0)
 MODEL_OPTIONS = ("image_size", "patch_size", "channels", "dim", "depth", "heads")
 CROP_SCALE = (0.08, 1)   # of RandomResizedCrop, as in MAE's code; pre-training keeps more
 EVALUATION_BATCH = 250   # always, so that accuracy depends on no --batch-size and no process
 
-# --------------------------------------------------------------------------------------- the model
+
 class Classifier(nn.Module):
     """A ViT, the mean of its patch tokens or its class token, a linear layer; with timm's names.
     As in MAE's fine-tuning, "mean" replaces the encoder's norm by one after the mean. With
@@ -157,9 +155,9 @@ def start_from(args):
             require(holds, f"{options.option(name)}: {args.init} has {getattr(config, name)}")
         image_size = args.image_size or config.image_size
         config = options.naming_option(replace, config, image_size=image_size)
-    trained, fresh, most = args.trainable_blocks or 0, args.reinit_blocks or 0, config.depth
-    require(trained <= most, f"--trainable-blocks: {trained} is more than the encoder's {most}")
-    require(fresh <= most, f"--reinit-blocks: {fresh} is more than the encoder's {most}")
+    for name in ("trainable_blocks", "reinit_blocks"):
+        holds = (getattr(args, name) or 0) <= config.depth
+        require(holds, f"{options.option(name)}: the encoder has {config.depth} blocks")
     return config, state
 
 
@@ -181,7 +179,6 @@ def make_classifier(args, config, state, classes, machine):
     return model.to(machine.device)
 
 
-# --------------------------------------------------------------------------------------- training
 def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine):
     """One pass over the training images: the mean loss and the last learning rate.
     args has batch_size, accumulate, seed, smoothing, mixup, cutmix and erasing."""
@@ -221,7 +218,6 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
     return machine.all_reduce_mean(losses.mean()).item(), lr
 
 
-# -------------------------------------------------------------------------------------- measuring
 @torch.no_grad()
 def evaluate(model, images, machine):
     """val_loss, val_accuracy and, from ten classes up, val_top5 on images without augmentation."""
@@ -273,6 +269,8 @@ def nearest_neighbours(model, images, held_out, k, machine):
 
 def evaluate_checkpoint(args, machine):
     """--eval: print loss and accuracy of a fine-tuned model on the held-out images of --data."""
+    given = [options.option(name) for name in MODEL_OPTIONS if getattr(args, name) is not None]
+    require(not given, f"--eval: it measures a model as it is; leave {', '.join(given)} out")
     content = checkpoint.read(args.init or "")
     holds = isinstance(content, dict) and "classes" in content
     require(holds, f"--eval: {args.init} has no classifier; finetune.py writes one")

@@ -232,7 +232,7 @@ def draw(averages, labels, out):
                 figures.lines(axis, means, xlabel, ylabel)
                 for line, (xs, _, lows, highs) in zip(axis.lines, lines.values()):
                     axis.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.2)
-                axis.locator_params(axis="x", integer=xlabel != "hours")
+                axis.locator_params(axis="x", integer=xlabel != "hours", nbins=6)
             figures.save(figure, out / f"study-{name}.png")
             names.append(name)
     return names

@@ -48,8 +48,8 @@ def read_model(path, heads=None, norm_pix=True):
     state = content
     if isinstance(content, dict):
         state = content.get("model", content.get("state_dict", content))
-    pairs = state.items() if isinstance(state, dict) else ()
-    holds = {(type(name), type(value)) for name, value in pairs} == {(str, torch.Tensor)}
+    holds = isinstance(state, dict) and state and all(
+        isinstance(name, str) and isinstance(state[name], torch.Tensor) for name in state)
     require(holds, f"{path}: not a model; a model.pt of ours or a state_dict is needed")
     if "config" not in content:
         config = sizes_of(state, heads, norm_pix, path)

@@ -64,9 +64,8 @@ def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1,
 
 def find_held_out(name, machine):
     """The held-out Part of --data; of a directory without train/, all images."""
-    root = Path(name or "missing")
-    plain = name not in SOURCES and root.is_dir() and not (root / "train").is_dir()
-    return folder.labelled(root, []) if plain else find(name, machine)[1]
+    plain = name and name not in SOURCES and not (Path(name) / "train").is_dir()
+    return folder.labelled(Path(name), []) if plain else find(name, machine)[1]
 
 
 def prepare(part, config, machine, workers=0, crop_scale=CROP_SCALE, further=None):

@@ -41,8 +41,7 @@ def find(root):
     require(holds, f"--data: {root!r} is neither shapes, cifar10, nor a directory")
     if train.is_dir():
         part = labelled(train)
-        beside = [train.with_name(name) for name in ("val", "test")]
-        beside = [directory for directory in beside if directory.is_dir()]
+        beside = [train.with_name(n) for n in ("val", "test") if train.with_name(n).is_dir()]
         stray = [str(path) for path in train.iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
         require(not (part.classes and stray), f"--data: {stray[:1]} lies beside class folders")
         require(beside or not part.classes, f"--data: {root} has train/, neither val/ nor test/")

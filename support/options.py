@@ -153,8 +153,7 @@ def config_from(args):
 
 def check_run(args):
     """Raise BadInput where warm-up takes all epochs, or the run would lie among its own images."""
-    warmup = args.warmup_epochs or 0
-    require(warmup < args.epochs, f"--warmup-epochs: {warmup:g} must be below {args.epochs} epochs")
+    require((args.warmup_epochs or 0) < args.epochs, "--warmup-epochs: it must be below --epochs")
     inside = Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
     require(args.data in BUILT_IN or not inside,
             f"--out: {args.out} lies in --data; its pictures would be taken for images")

@@ -72,6 +72,8 @@ class Run:
             self.state = checkpoint.read(self.path / "last.pt")
         except BadInput as error:
             raise BadInput(f"{error}; {remedy}") from None
+        holds = isinstance(self.state, dict) and {"options", "history"} <= self.state.keys()
+        require(holds, f"{self.path / 'last.pt'}: not of a run of this script; {remedy}")
         before, differ, self.history = self.state["options"], [], self.state["history"]
         for name in sorted(before.keys() | self.options.keys()):
             if before.get(name) != self.options.get(name):

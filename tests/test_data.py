@@ -103,8 +103,7 @@ def test_an_epoch_is_the_same_to_the_byte_with_any_number_of_workers(tmp_path, s
 
 def test_normalize_is_imagenets_and_to_pixels_its_inverse():
     images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
-    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    expected = v2.functional.normalize(images / 255, mean, std)
+    expected = v2.functional.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(data.normalize(images), expected)
     for some in (images, images[:, :1]):
         torch.testing.assert_close(data.to_pixels(data.normalize(some)), some / 255)
@@ -141,8 +140,8 @@ def test_held_out_images_are_those_of_find_or_all_without_train(images):
     assert data.find_held_out(images, Machine(CPU)).items == held_out.items
     plain = data.find_held_out(images / "train", Machine(CPU))
     assert plain.items == train.items and plain.labels.tolist() == [-1] * 18
-    for name in ("", "missing"):
-        with pytest.raises(BadInput, match="neither shapes, cifar10, nor a directory"):
+    for name, words in (("", "neither shapes, cifar10, nor a dir"), ("missing", "missing can't be")):
+        with pytest.raises(BadInput, match=words):
             data.find_held_out(name, Machine(CPU))
 
 
@@ -153,9 +152,9 @@ def test_damaged_images_are_one_line_or_skipped_and_counted(tmp_path, capsys, na
     path = root / "train" / "cat" / name.decode(errors="surrogateescape")
     path.write_bytes(b"")
     train = find(root)[0].items
-    with pytest.raises(BadInput, match="^[^\n]*png: not an image[^\n]*$") as error:
+    with pytest.raises(BadInput, match=f"^{path}: not an image[^\n]*$") as error:
         batch(prepare(train, side, workers=workers), torch.arange(len(train)))
-    assert str(error.value).startswith(str(path))
+    error.value.__context__.with_traceback(None)  # or its process waits for 5 s when collected
     good = find(root, skip_damaged=True, workers=workers)[0].items
     assert good == [item for item in train if item != str(path)]
     named = str(path).encode(errors="backslashreplace").decode()

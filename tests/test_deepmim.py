@@ -135,9 +135,23 @@ def test_initialisation_is_maes_and_the_same_for_both_methods():
             assert 0.97 * bound < value.abs().max() <= bound, name
 
 
+def in_maes_form(decoder, tokens):
+    """A grid of mask tokens, visible ones put in: predictions of all patches, (B, N, P·P·C)."""
+    tokens = decoder.embed(tokens)
+    grid = decoder.mask_token.expand(5, 16, -1)
+    grid = grid.scatter(1, IDS_KEEP.unsqueeze(-1).expand(-1, -1, 8), tokens[:, 1:])
+    tokens = torch.cat([tokens[:, :1], grid], dim=1) + decoder.pos_embed
+    for block in decoder.blocks:
+        tokens = block(tokens)
+    return decoder.pred(decoder.norm(tokens[:, 1:]))
+
+
 def test_decoder_knows_patches_by_their_places_and_not_by_their_order():
     decoder, tokens, order = Decoder(Config(**TINY)), torch.randn(5, 5, 16), [2, 0, 3, 1]
+    torch.nn.init.normal_(decoder.norm.bias)  # a new norm's does nothing
     prediction = decoder(tokens, IDS_KEEP, IDS_HIDE)
+    expected = take_patches(in_maes_form(decoder, tokens), IDS_HIDE)
+    torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
     reordered = torch.cat([tokens[:, :1], tokens[:, 1:][:, order]], dim=1)
     torch.testing.assert_close(decoder(reordered, IDS_KEEP[:, order], IDS_HIDE), prediction)
     torch.testing.assert_close(decoder(tokens, IDS_KEEP, IDS_HIDE.flip(1)), prediction.flip(1))
@@ -194,7 +208,7 @@ def test_loss_is_the_mean_over_hidden_patches_only():
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_forward_is_the_papers_sum(norm_pix):
-    """Against MAE's form: a grid of mask tokens, predictions of all N patches, a masked mean."""
+    """Against MAE's form: predictions of all N patches, and a masked mean."""
     model = tiny(taps=(2, 3, 4), norm_pix=norm_pix)
     x, mask = deepmim.patchify(IMAGES, 2), torch.zeros(5, 16).scatter(1, IDS_HIDE, 1)
     if norm_pix:
@@ -205,14 +219,7 @@ def test_forward_is_the_papers_sum(norm_pix):
         taps.append(tokens)
     output = model(IMAGES, NOISE)
     for i, tokens in enumerate((taps[1], taps[2], model.encoder.norm(taps[3]))):
-        decoder = model.decoders[i]
-        tokens = decoder.embed(tokens)
-        grid = decoder.mask_token.expand(5, 16, -1)
-        grid = grid.scatter(1, IDS_KEEP.unsqueeze(-1).expand(-1, -1, 8), tokens[:, 1:])
-        tokens = torch.cat([tokens[:, :1], grid], dim=1) + decoder.pos_embed
-        for block in decoder.blocks:
-            tokens = block(tokens)
-        prediction = decoder.pred(decoder.norm(tokens[:, 1:]))               # (B, N, P·P·C)
+        prediction = in_maes_form(model.decoders[i], tokens)                 # (B, N, P·P·C)
         error = (prediction - x).square().mean(dim=-1)                       # (B, N)
         loss = (error * mask).sum() / mask.sum()
         torch.testing.assert_close(output.losses[i], loss, atol=1e-5, rtol=1e-5)
