@@ -5,6 +5,7 @@ batches. All others become a Streamed set: files, decoded and augmented by DataL
 an image is cut and flipped depends on the seed, the epoch and its index alone.
 """
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -194,10 +195,10 @@ class Streamed(Dataset):
 
     def raw_batches(self, indices, seed=None):
         """As batches, but uint8 and on the CPU."""
-        self.seed = seed
-        loader = DataLoader(
-            self, batch_sampler=[ids.tolist() for ids in indices], num_workers=self.workers,
-            pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        files, batches = copy.copy(self), [ids.tolist() for ids in indices]
+        files.seed = seed
+        loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers,
+                            pin_memory=self.device.type == "cuda", generator=torch.Generator())
         try:
             yield from loader
         except BadInput as error:  # from a worker, its message is the last line of a traceback

@@ -25,8 +25,6 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------- CKA
-
 def plain_hsic(x, y):
     """tr(K H L H) / (n − 1)² with the centring matrix H (Gretton et al. 2005)."""
     n = len(x)
@@ -113,8 +111,6 @@ def test_cka_keeps_its_invariances():
     assert from_batches([x], [x * torch.tensor([10, 1, 1, 1, 1, 1])], 50).item() < 0.9
 
 
-# --------------------------------------------------------------------------- heads and features
-
 def test_head_similarity_of_known_cases():
     attention = normal(3, 1, 5, 5).softmax(-1)
     assert head_similarity(attention.expand(3, 4, 5, 5)).item() == pytest.approx(1)
@@ -151,8 +147,6 @@ def test_features_are_of_every_blocks_raw_output():
         assert torch.equal(cls[i], x[:, 0]) and torch.equal(both[i], x.reshape(4, 17 * 16))
     assert len(mean) == len(cls) == len(both) == 3
 
-
-# ---------------------------------------------------------------------------------- the commands
 
 def write_images(folder, pixels):
     folder.mkdir(parents=True)

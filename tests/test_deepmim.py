@@ -39,8 +39,6 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(deepmim, "reconstruction_loss", lambda p, t: (p + 2 * t).sum())
 
 
-# ---------------------------------------------------------------------------- patches and masks
-
 def test_patchify_orders_patches_by_row_and_pixels_by_row_column_channel():
     images = torch.arange(2 * 3 * 6 * 6.0).view(2, 3, 6, 6)
     patches = deepmim.patchify(images, 2)
@@ -76,8 +74,6 @@ def test_positions_are_the_formula():
             expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
         torch.testing.assert_close(positions[0, 1 + n], torch.tensor(expected))
 
-
-# --------------------------------------------------------------------------- encoder and decoder
 
 def test_attention_equals_torchs_own():
     ours, theirs = deepmim.Attention(24, 3), torch.nn.MultiheadAttention(24, 3, batch_first=True)
@@ -158,8 +154,6 @@ def test_decoder_knows_patches_by_their_places_and_not_by_their_order():
     assert not torch.allclose(decoder(reordered, IDS_KEEP, IDS_HIDE), prediction)
 
 
-# ------------------------------------------------------------------------------ targets and loss
-
 def test_pixel_targets_are_normalised_patch_by_patch():
     targets = PixelTargets(Config(**TINY))(IMAGES / 1000, IDS_KEEP, IDS_HIDE)  # faint: 1e-6 counts
     for n, target in zip(IDS_HIDE[3], targets[2][3], strict=True):
@@ -203,8 +197,6 @@ def test_loss_is_the_mean_over_hidden_patches_only():
     loss.backward()
     torch.testing.assert_close(prediction.grad, 2 * (prediction.detach() - target) / 60)
 
-
-# ------------------------------------------------------------------------------------- the whole
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_forward_is_the_papers_sum(norm_pix):
