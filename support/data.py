@@ -195,7 +195,7 @@ class Streamed(Dataset):
 
     def raw_batches(self, indices, seed=None):
         """As batches, but uint8 and on the CPU."""
-        files, batches = copy.copy(self), [ids.tolist() for ids in indices]
+        files, batches = copy.copy(self), [ids.tolist() for ids in indices]  # not to disturb others
         files.seed = seed
         loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers,
                             pin_memory=self.device.type == "cuda", generator=torch.Generator())

@@ -108,8 +108,7 @@ def distribute(model, machine, compile=False):
     """The model, compiled if asked for, with gradients averaged over several processes."""
     if compile:
         model.compile()
-    ids = [machine.device] if machine.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids) if machine.world > 1 else model
+    return DistributedDataParallel(model) if machine.world > 1 else model
 
 
 def gradients_averaged(model, last):
