@@ -322,11 +322,11 @@ def main(argv=None):
         run.finish_epoch(record, {
             "config": asdict(config), "model": model.state_dict(), "classes": classes,
             "pool": args.pool, "linear_probe": args.linear_probe})
-        machine.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation "
-                      f"{record['val_loss']:.4f}, accuracy {record['val_accuracy']:.2%}  "
-                      f"{speed:.0f} images/s")
+        machine.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation accuracy "
+                      f"{record['val_accuracy']:.2%}  {speed:.0f} images/s")
         if machine.is_main_process:  # after what matters is safe
-            figures.save(figures.training_curves({"": run.history}), run.path / "curves.png")
+            curves = figures.training_curves({run.path.name: run.history})
+            figures.save(curves, run.path / "curves.png")
 
 
 if __name__ == "__main__":

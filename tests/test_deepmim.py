@@ -1,8 +1,6 @@
 """The method against closed forms, direct definitions, torchvision's ViT and transformers' MAE."""
 
-import ast
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -328,12 +326,3 @@ def test_config_refuses(field, values, words):
     for value in values:
         with pytest.raises(ValueError, match="^" + words):
             Config(**{**TINY, field: value})
-
-
-def test_every_docstring_says_its_shapes():
-    without = "in_stream_precision", "init_weights", "sine_cosine_positions", "patches", "patch_dim"
-    for node in ast.walk(ast.parse(Path(deepmim.__file__).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and "_init_" not in node.name:
-            text = ast.get_docstring(node) or ""
-            shapes = "(B," in text or node.name in without or isinstance(node, ast.ClassDef)
-            assert text and shapes, node.name

@@ -1,6 +1,5 @@
 """The hand-out: without a body its tests fail for that reason, with it they pass; the texts fit."""
 
-import ast
 import os
 import re
 import subprocess
@@ -75,26 +74,6 @@ def test_a_body_decides_whether_its_tests_pass(outcomes, number):
     for test in exercise.ids:
         assert outcomes[number][test] == {reason}, test
         assert outcomes[number + 1][test] == {"PASSED"}, test
-
-
-def function(source, name):
-    node = ast.parse(source)
-    for part in name.split("."):
-        node = next(child for child in node.body if getattr(child, "name", None) == part)
-    return node
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_signature_and_docstring_stay_and_the_body_goes(written, number):
-    exercise, sources = EXERCISES[number - 1], []
-    for place in (HERE, written):
-        sources.append((place / exercise.file).read_text(encoding="utf-8"))
-    ours, theirs = (function(source, exercise.function) for source in sources)
-    assert ast.unparse(ours.args) == ast.unparse(theirs.args)
-    assert ast.get_docstring(ours) == ast.get_docstring(theirs) is not None
-    expected = f"raise NotImplementedError('exercise {number}: {exercise.function}')"
-    assert [ast.unparse(line) for line in theirs.body[1:]] == [expected]
-    assert len(ours.body) > 1 and ast.unparse(ours.body[1]) != expected
 
 
 def test_the_hand_out_holds_what_it_should(written):

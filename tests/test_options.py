@@ -1,11 +1,9 @@
 """Presets, how a script ends, and the bad input that train.py and finetune.py refuse."""
 
-import os
-import sys
 
 import pytest
 import torch
-from conftest import TINY, write_folder, write_noise
+from conftest import TINY, write_noise
 
 import finetune
 import train
@@ -137,19 +135,3 @@ def test_options_that_cannot_be_used(refused, places, monkeypatch, script, row):
     norm_pix = ["--norm-pix"] if "--teacher" in row and "--no-" not in row else []  # as MODEL has
     refused(script, words or arguments.split()[0], *norm_pix, *arguments.split())
     assert places["FILE"].read_text() == "text" and not list(places["DATA"].rglob("log.jsonl"))
-
-
-@pytest.mark.parametrize("script", ["train", "finetune"])
-def test_damaged_images_are_refused_or_skipped_and_odd_ones_used(call, tmp_path, capsys, script):
-    folder = write_folder(tmp_path / "images")
-    write_noise(folder / "train" / "dog" / "0.png", side=1)
-    for part in ("train", "val"):
-        (folder / part / "cat").rename(folder / part / "a cat,\na kätzchen 🐈")
-    name = os.fsdecode(b"\xff.png") if sys.platform == "linux" else "bad.png"  # there not text
-    (folder / "train" / "dog" / name).write_text("")
-    shown = name.encode(errors="backslashreplace").decode()
-    arguments = [script, "--data", folder, "--out", tmp_path / "out", "--epochs", 1]
-    status, _, err = ended(capsys, lambda: call(*arguments))
-    assert status == 2 and f"{shown}: not an image" in err and not (tmp_path / "out").exists()
-    status, out, _ = ended(capsys, lambda: call(*arguments, "--skip-damaged"))
-    assert status == 0 and f"left out 1 of 19 files: {folder}/train/dog/{shown}" in out

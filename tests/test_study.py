@@ -115,12 +115,6 @@ def commands(*options):
     return subprocess.check_output(call, text=True).splitlines()
 
 
-def test_every_command_of_the_study_parses():
-    for command in commands("cifar10")[:-1] + commands("cifar10", "--size", "full")[:-1]:
-        _, script, *arguments = shlex.split(re.sub(r"\$\(.*\)", "7", command))
-        SCRIPTS[script].parse(arguments)
-
-
 @pytest.mark.slow
 def test_the_smallest_study_fills_every_column_and_picture(monkeypatch, tmp_path):
     """All printed commands in one process, on a few pictures."""

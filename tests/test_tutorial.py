@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from course import tutorial
-from support import data
 from support.options import BadInput
 
 COURSE = Path(tutorial.__file__).parent
@@ -40,22 +38,6 @@ def test_the_pictures_drawn_are_the_pictures_shown(capsys, tmp_path):
         assert thumbnail(tmp_path / name).std() > 10, f"{name} is nearly blank"
         difference = thumbnail(tmp_path / name) - thumbnail(COURSE / "pictures" / name)
         assert np.abs(difference).mean() < 5, name
-
-
-def test_another_image_is_cut_square_and_walked_through(tmp_path):
-    pixels = np.zeros((32, 96, 3), np.uint8)
-    pixels[:, 32:64] = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
-    Image.fromarray(pixels).save(tmp_path / "wide.png")
-    images = tutorial.photograph(tmp_path / "wide.png")
-    middle = torch.from_numpy(pixels[:, 32:64].copy()).permute(2, 0, 1)[None]
-    torch.testing.assert_close(images, data.normalize(middle))
-
-    walk = tutorial.Walk(images)
-    torch.testing.assert_close(walk.paint(walk.x), middle / 255, atol=1e-4, rtol=0)
-    same = (walk.visible - middle / 255).abs().amax(dim=1) < 1e-4  # (1, 32, 32)
-    assert same.sum() == 16 * 4 * 4
-    figure = tutorial.draw_decoders(walk)
-    assert len(figure.axes) == 7
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no image"])
