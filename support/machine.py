@@ -95,11 +95,11 @@ def find_device(name=None):
 
 
 def mixed_precision(device):
-    """bfloat16 where the hardware computes in it, float16 on older GPUs, else float32."""
+    """bfloat16 where hardware has it (of a CPU torch 2.9 can't tell), float16 on older GPUs."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float16
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     fast = able.get("avx512_bf16") or able.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
 
