@@ -67,7 +67,7 @@ def sine_cosine_positions(dim, side):
 
 # ---------------------------------------------------------------------------- Transformer block
 def attention_map(q, k):
-    """The share of each token in what each gathers: q, k (B, heads, T, d) → (B, heads, T, T)."""
+    """How much each token takes from each, row by row: q, k (B, heads, T, d) → (B, heads, T, T)."""
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 def in_stream_precision(tokens):
-    """Tokens in float32, as in MAE's code, or in bfloat16 where a CPU computes in it: no casts."""
+    """Tokens in float32, as in MAE's code; in mixed precision on a CPU in bfloat16: fewer casts."""
     mixed_on_cpu = tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return tokens.to(torch.get_autocast_dtype("cpu")) if mixed_on_cpu else tokens
 
@@ -161,8 +161,8 @@ class Config:
             if field != "image_size" and value % 4:
                 raise ValueError(f"{field}: {value} must be divisible by 4, for positions in 2-D")
         rising = sorted(set(self.taps))
-        if list(self.taps) != rising or rising[:1] < [1] or rising[-1:] != [self.depth]:
-            raise ValueError(f"taps: {self.taps} must rise from 1 up to the depth, {self.depth}")
+        if not rising or list(self.taps) != rising or rising[0] < 1 or rising[-1] != self.depth:
+            raise ValueError(f"taps: {self.taps} must rise, from 1 or more to {self.depth} exactly")
         if self.norm_pix and self.patch_dim == 1:
             raise ValueError("norm_pix: must be False where a patch is a single number")
         if not 0 < int(self.patches * (1 - self.mask_ratio)) < self.patches:
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
         batch, hidden = ids_hide.shape
         mask_tokens = self.mask_token.expand(batch, hidden, -1)             # (B, N − V, d)
         x = torch.cat([self.embed(tokens), mask_tokens], dim=1)             # (B, 1 + N, d)
-        places = F.pad(1 + torch.cat([ids_keep, ids_hide], dim=1), (1, 0))  # 0 is the class token's
+        places = torch.cat([torch.zeros_like(ids_hide[:, :1]), 1 + ids_keep, 1 + ids_hide], dim=1)
         x = in_stream_precision(x + self.pos_embed[0, places])              # (B, 1 + N, d)
         for block in self.blocks:
             x = block(x)
@@ -273,7 +273,7 @@ class Decoder(nn.Module):
 
 
 # ----------------------------------------------------------------------------- targets and loss
-# A target is called with (images, ids_keep, ids_hide) and returns a (B, N − V, P·P·C) per tap.
+# Targets are called with (images, ids_keep, ids_hide): a list of (B, N − V, P·P·C), one per tap.
 
 def patch_statistics(patches):
     """Mean and deviation of each patch, two (B, N, 1), with MAE's 1e-6 against flat patches."""
@@ -298,7 +298,7 @@ class PixelTargets:
 class HybridTargets:
     """t_i = α_i x + (1 − α_i) x̂ for intermediate taps, x for the last (paper, hybrid targets).
     x̂ is what the teacher, a trained MAE, predicts from the same patches. A small α asks for this
-    blurred x̂, which is easier, α = 1 for the image itself. There is one in 0 … 1 for each tap but
+    blurred x̂, which is easier, α = 1 for the image itself. alphas: one in 0 … 1 for each tap but
     the last, by default evenly spaced from 0: (0, 1/3, 2/3). Raises ValueError for others, and for
     a teacher that cuts images in another way or predicts in another space."""
     def __init__(self, config, teacher, alphas=None):
@@ -323,6 +323,8 @@ class HybridTargets:
 
 def reconstruction_loss(prediction, target):
     """The mean of squares, of hidden patches only: two (B, N − V, P·P·C) → () (MAE, section 3)."""
+    if prediction.shape != target.shape:
+        raise ValueError(f"target: {tuple(target.shape)} must be {tuple(prediction.shape)}")
     return (prediction.to(target.dtype) - target).square().mean()
 
 
@@ -346,8 +348,8 @@ class DeepMIM(nn.Module):
 
     def forward(self, images, noise=None, targets=None):
         """Hide, encode, decode, compare: images (B, C, H, H), float and normalised, to an Output.
-        noise (B, N) decides the mask, see random_masking; it is drawn here if None. targets are
-        PixelTargets if None. Raises ValueError for images of another size."""
+        noise (B, N) decides the mask, see random_masking; it is drawn here if None. targets, if not
+        None, are called instead of PixelTargets. ValueError for images of another size."""
         config = self.config
         if noise is None:
             noise = torch.rand(len(images), config.patches, device=images.device)

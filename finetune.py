@@ -170,7 +170,7 @@ def make_classifier(args, config, state, classes, machine):
         for i in range(config.depth - (args.reinit_blocks or 0), config.depth):
             model.encoder.blocks[i] = at_random[i]
         left = {name.split(".")[0] for name in state if name not in model.encoder.state_dict()}
-        machine.print(f"{args.init}: its encoder, left out: {', '.join(sorted(left)) or 'nothing'}")
+        machine.print(f"encoder of {args.init}; not used: {', '.join(sorted(left)) or 'nothing'}")
     if args.trainable_blocks is not None:
         freeze(model, args.trainable_blocks)
     if args.linear_probe:

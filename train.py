@@ -46,8 +46,8 @@ def parse(argv):
     args = parser.parse(argv, PRESETS)
     if args.method == "mae":
         require(not args.teacher, "--teacher: --method mae has no intermediate decoders to ask")
-        own_taps = args.taps in (Config.taps, (args.depth,))
-        require(own_taps, "--taps: --method mae has one tap, the last block; leave the option out")
+        left_out = args.taps in (Config.taps, (args.depth,))
+        require(left_out, "--taps: --method mae has one tap, the last block; leave the option out")
         args.taps = (args.depth,)
     require(args.teacher or not args.alphas, "--alphas: they need a --teacher")
     args.out = args.out or f"runs/{args.preset}-{'hybrid' if args.teacher else args.method}"
@@ -114,8 +114,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = DeepMIM(config)
     targets = make_targets(config, args.teacher, args.alphas, machine.device)
-    train, held_out = data.find(args.data, machine, args.limit, 0.0, args.skip_damaged,
-                                args.workers, args.batch_size)
+    train, held_out = data.find(args.data, machine, args.limit, skip_damaged=args.skip_damaged,
+                                workers=args.workers, batch_size=args.batch_size)
     images = data.prepare(train, config, machine, args.workers)
     held_out = data.prepare(held_out, config, machine, args.workers)
     if args.init:
@@ -126,8 +126,8 @@ def main(argv=None):
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)
     optimizer, scaler = make_optimizer(model, args.weight_decay, args.beta2), machine.grad_scaler()
-    network = distribute(model, machine, args.compile)
-    run = Run(args.out, vars(args), machine, args.resume)
+    network = distribute(model, machine, args.compile)  # the model, or DDP around it
+    run = Run(args.out, {**vars(args), "targets": type(targets).__name__}, machine, args.resume)
     for epoch in run.epochs(args.epochs, model, optimizer, scaler):
         begin = time.perf_counter()
         losses, lr = train_epoch(network, targets, images, optimizer, scaler, schedule, epoch,

@@ -25,12 +25,11 @@ def read(path):
     try:
         if zipfile.is_zipfile(path):  # torch.load doesn't look at torch.save's checksums
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            require(not damaged, f"its part {damaged} is damaged")
+                require(not archive.testzip(), "a part of it is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's code saves options so
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere in torch.load
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # a damaged file can fail anywhere in torch.load, and say anything
+        reason = str(error) if isinstance(error, BadInput) else type(error).__name__
         raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({reason})") from None
 
 

@@ -44,7 +44,7 @@ def reconstructions(config, images, output, targets=None):
 def glow(images, maps):
     """Images (B, C, H, H) in 0 … 1, dark but where maps (B, side, side) are high."""
     maps = F.interpolate(maps[:, None], images.shape[-2:], mode="nearest")  # (B, 1, H, H)
-    return images * (0.15 + 0.85 * maps / maps.amax(dim=(2, 3), keepdim=True))
+    return (images * (0.15 + 0.85 * maps / maps.amax(dim=(2, 3), keepdim=True))).clamp(0, 1)
 
 
 def picture_grid(columns, title):

@@ -38,7 +38,7 @@ def find(root):
     root/train/<class>/* with root/val or root/test beside it has labels. A root without train/, or
     without class folders in it, has none; one image in twenty is held out if neither is there."""
     holds, train, beside = root and Path(root).is_dir(), Path(root) / "train", []
-    require(holds, f"--data: {root!r} is neither shapes, cifar10, nor a directory")
+    require(holds, f"--data: {str(root)!r} is neither shapes, cifar10, nor a directory")
     if train.is_dir():
         part = labelled(train)
         beside = [train.with_name(n) for n in ("val", "test") if train.with_name(n).is_dir()]

@@ -155,5 +155,4 @@ def check_run(args):
     """Raise BadInput where warm-up takes all epochs, or the run would lie among its own images."""
     require((args.warmup_epochs or 0) < args.epochs, "--warmup-epochs: it must be below --epochs")
     inside = Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
-    require(args.data in BUILT_IN or not inside,
-            f"--out: {args.out} lies in --data; its pictures would be taken for images")
+    require(args.data in ("", *BUILT_IN) or not inside, f"--out: {args.out} lies in --data")

@@ -266,6 +266,8 @@ def test_forward_gives_each_decoder_its_tap_and_its_target(stand_ins):
 def test_forward_refuses_too_few_targets_and_images_of_another_size(stand_ins):
     with pytest.raises(ValueError):
         tiny()(IMAGES, NOISE, PixelTargets(Config(**{**TINY, "taps": (2, 3, 4)})))
+    with pytest.raises(ValueError, match="target: .* must be .5, 12, 12"):
+        tiny()(IMAGES, NOISE, lambda *_: [torch.zeros(5, 12, 1)] * 4)
     for shape in (5, 3, 16, 16), (5, 1, 8, 8), (5, 3, 8, 16):
         with pytest.raises(ValueError, match=r"images \(5, .* are not of Config\(image_size=8"):
             tiny()(torch.zeros(shape))
@@ -319,7 +321,7 @@ def test_any_sizes_that_fit_work(seed):
     ("heads", (3,), "dim: 16 must be divisible by heads, 3"),
     ("decoder_heads", (3,), "decoder_dim: 8 must be divisible by decoder_heads, 3"),
     ("decoder_dim", (6,), "decoder_dim: 6 must be divisible by 4"),
-    ("taps", ((0, 4), (5,), (3, 2, 4), (2, 2, 4), (1, 2), ()), "taps: .* must rise from 1 up to"),
+    ("taps", ((0, 4), (5,), (3, 2, 4), (2, 2, 4), (1, 2), ()), "taps: .* must rise, from 1"),
     ("mask_ratio", (0.0, 1.0, -0.1, 1e-17, 0.99), "mask_ratio: .* must hide some .* not all"),
 ])
 def test_config_refuses(field, values, words):

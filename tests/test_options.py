@@ -77,7 +77,7 @@ BOTH = [
     "--init nowhere.pt → nowhere.pt: no such file", "--init FILE → FILE: not a checkpoint",
     "--init OTHER → OTHER: no ViT of ours", "--init NAN → cls_token holds NaN"]
 TRAIN = [
-    "--taps 1,2", "--taps 0,3 → --taps: (0, 3) must rise from 1", "--taps 1,4", "--taps 2,1,3",
+    "--taps 1,2", "--taps 0,3 → --taps: (0, 3) must rise, from 1", "--taps 1,4", "--taps 2,1,3",
     "--taps 1,1,3", "--taps ,", "--taps one → 'one'", "--taps 6,x", "--alphas 0,1/2", "--alphas x",
     "--alphas 0 --teacher MODEL → must be 2 numbers", "--method clip",
     "--alphas 0,2 --teacher MODEL → in 0 to 1", "--alphas 0,nan --teacher MODEL",
