@@ -250,7 +250,7 @@ def knn_votes(queries, features, labels, classes, k, temperature=0.07):
     """Weighted nearest neighbours (Wu et al. 2018), of features of unit length.
     queries (Q, D), features (n, D), labels (n,) → votes (Q, classes)
     Each of the k most similar features adds exp((similarity − 1) / temperature) to its label."""
-    similarity, nearest = (queries @ features.T).topk(min(k, len(features)), dim=1)  # (Q, k)
+    similarity, nearest = (queries @ features.T).topk(k, dim=1)  # (Q, k)
     votes = torch.zeros(len(queries), classes, device=queries.device)
     return votes.scatter_add(1, labels[nearest], ((similarity - 1) / temperature).exp())
 
@@ -303,6 +303,7 @@ def main(argv=None):
     model = make_classifier(args, config, state, len(classes), machine)
     run = Run(args.out, vars(args), machine, args.resume)
     if args.knn:
+        require(args.knn_k <= len(images), f"--knn-k: there are only {len(images)} training images")
         run.open()
         accuracy = nearest_neighbours(model, images, held_out, args.knn_k, machine)
         machine.print(f"{args.knn_k} nearest neighbours: accuracy {accuracy:.2%}")

@@ -24,6 +24,7 @@ class HuggingFace(nn.Module):
             norm_pix_loss=config.norm_pix))
 
     def forward(self, images):
+        """(B, C, H, H) → the loss, ()"""
         return self.model(images).loss
 
 
@@ -41,6 +42,7 @@ class VitPytorch(nn.Module):
                          decoder_dim_head=config.decoder_dim // config.decoder_heads)
 
     def forward(self, images):
+        """(B, C, H, H) → the loss, ()"""
         return self.model(images)
 
 
@@ -62,6 +64,7 @@ class Lightly(nn.Module):
         self.predict = nn.Linear(config.decoder_dim, config.patch_dim)
 
     def forward(self, images):
+        """As lightly's example: images (B, C, H, H) → the loss, ()."""
         size = len(images), self.config.patches + 1
         ratio, device = self.config.mask_ratio, images.device
         keep, mask = self.utils.random_token_mask(size, ratio, device=device)

@@ -51,9 +51,9 @@ def read_model(path, heads=None, norm_pix=True):
         isinstance(name, str) and isinstance(state[name], torch.Tensor) for name in state)
     require(holds, f"{path}: not a model; a model.pt of ours or a state_dict is needed")
     if "config" not in content:
+        state = {name.removeprefix("encoder."): value for name, value in state.items()}
         config = sizes_of(state, heads, norm_pix, path)
-        of_decoder = ("mask_token", "decoder_")
-        state = {("decoders.0." if name.startswith(of_decoder) else "encoder.")
+        state = {("decoders.0." if name.startswith(("mask_token", "decoder_")) else "encoder.")
                  + name.removeprefix("decoder_"): value for name, value in state.items()}
     else:
         config = make_config(path, content["config"])

@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
             for name in names.split():
                 value = getattr(args, name, None)
                 holds = value is None or low <= value < high
-                require(holds, f"{option(name)}: {value} must be from {low} up, and below {high}")
+                require(holds, f"{option(name)}: {value} must be at least {low} and below {high}")
         if presets:
             lr, blr = (args.lr, args.blr) if args.lr or args.blr else (lr, blr)
             args.lr = lr or blr * args.batch_size / 256
@@ -127,8 +127,7 @@ def add_training_options(parser):
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
     add("--compile", action="store_true", help="compile the model: a slow start, faster steps")
     add("--accumulate", type=int, default=1, help="compute a batch in this many parts: less memory")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="go on with the run in --out; --no-resume overwrites it")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="or overwrite --out")
 
 
 def option(field):

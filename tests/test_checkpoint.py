@@ -96,6 +96,7 @@ def test_sizes_of_the_published_maes(monkeypatch, dim, depth, patch, heads):
 @pytest.mark.parametrize("pack", [
     lambda state: {**state, "head.weight": torch.zeros(5, 192)},           # timm
     lambda state: {"state_dict": state},
+    lambda state: {"encoder." + name: value for name, value in state.items()},  # of DeepMIM
     lambda state: {"model": {**state, "mask_token": torch.zeros(1, 1, 8),  # an MAE of another size
                              "decoder_embed.weight": torch.zeros(8, 192)}},
 ])

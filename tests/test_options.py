@@ -99,6 +99,7 @@ FINETUNE = [
     "--init MODEL --image-size 9 → --image-size: 9 must be divisible by patch_size, 2",
     "--trainable-blocks 4", "--trainable-blocks -1", "--reinit-blocks 4", "--reinit-blocks -1",
     "--trainable-blocks 1 --linear-probe → not allowed with", "--knn-k 0", "--erasing often",
+    "--knn --knn-k 99 → --knn-k: there are only",
     "--init MODEL --eval → MODEL has no classifier", "--eval → --eval: ",
     "--init TUNED --eval → TUNED: encoder.cls_token holds NaN", "--init FILE --eval → not a check",
     "--hold-out 1", "--pool max", "--erasing 1", "--randaugment 31", "--mixup -1",
