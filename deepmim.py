@@ -76,6 +76,7 @@ def attend(q, k, v):
     PyTorch's fused kernel does it, except for bfloat16 on a CPU. There the formula written out is
     several times faster at the lengths of masked images (benchmarks/attention.py)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -92,10 +93,11 @@ class Attention(nn.Module):
         """Queries, keys and values, in timm's order: (B, T, D) → three (B, heads, T, d)."""
         return rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
 
-    def forward(self, x):
-        """Let each token gather from all others what its heads look for: (B, T, D) → (B, T, D)."""
+    def forward(self, x, wanted=slice(None)):
+        """Let each token gather from all others what its heads look for: (B, T, D) → (B, T, D).
+        wanted, a slice of the tokens, computes those alone; they still attend to all."""
         q, k, v = self.split(x)
-        return self.proj(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
+        return self.proj(rearrange(attend(q[:, :, wanted], k, v), "b h t d -> b t (h d)"))
 
 
 class Block(nn.Module):
@@ -109,9 +111,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.drop_path = nn.Identity()  # fine-tuning puts stochastic depth here
 
-    def forward(self, x):
-        """Add to the tokens what attention, then the MLP, makes of them: (B, T, D) → (B, T, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x, wanted=slice(None)):
+        """Add to the tokens what attention, then the MLP, makes of them: (B, T, D) → (B, T, D).
+        wanted, a slice of the tokens, computes those alone."""
+        x = x[:, wanted] + self.drop_path(self.attn(self.norm1(x), wanted))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -218,7 +221,7 @@ class ViT(nn.Module):
         images (B, C, H, H), normalised, ids_keep (B, V) → (B, T, D); ValueError for another size"""
         if images.shape[1:] != (self.config.channels, *[self.config.image_size] * 2):
             raise ValueError(f"images {tuple(images.shape)} are not of {self.config}")
-        patches = patchify(images, self.config.patch_size)                    # (B, N, P·P·C)
+        patches = patchify(images, self.config.patch_size)                 # (B, N, P·P·C)
         positions = self.pos_embed[:, 1:].expand(len(images), -1, -1)      # (B, N, D)
         if ids_keep is not None:
             patches = take_patches(patches, ids_keep)                      # (B, V, P·P·C)
@@ -267,9 +270,10 @@ class Decoder(nn.Module):
         x = torch.cat([self.embed(tokens), mask_tokens], dim=1)             # (B, 1 + N, d)
         places = torch.cat([torch.zeros_like(ids_hide[:, :1]), 1 + ids_keep, 1 + ids_hide], dim=1)
         x = in_stream_precision(x + self.pos_embed[0, places])              # (B, 1 + N, d)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.pred(self.norm(x[:, -hidden:]))                         # (B, N − V, P·P·C)
+        x = self.blocks[-1](x, slice(-hidden, None))                        # (B, N − V, d)
+        return self.pred(self.norm(x))                                      # (B, N − V, P·P·C)
 
 
 # ----------------------------------------------------------------------------- targets and loss
@@ -325,7 +329,7 @@ def reconstruction_loss(prediction, target):
     """The mean of squares, of hidden patches only: two (B, N − V, P·P·C) → () (MAE, section 3)."""
     if prediction.shape != target.shape:
         raise ValueError(f"target: {tuple(target.shape)} must be {tuple(prediction.shape)}")
-    return (prediction.to(target.dtype) - target).square().mean()
+    return F.mse_loss(prediction.to(target.dtype), target)
 
 
 # ------------------------------------------------------------------------------------ the whole

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from deepmim import SIZES, Config, ViT
 from support import checkpoint, data, figures, options
 from support.machine import distribute, gradients_averaged, start
-from support.optimizer import make_optimizer, make_schedule, randomness, set_lr
+from support.optimizer import make_optimizers, make_schedule, randomness, set_lr
 from support.options import require
 from support.run import Run, check_finite
 
@@ -179,7 +179,7 @@ def make_classifier(args, config, state, classes, machine):
     return model.to(machine.device)
 
 
-def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine):
+def train_epoch(model, images, optimizers, scaler, schedule, epoch, args, machine):
     """One pass over the training images: the mean loss and the last learning rate.
     args has batch_size, accumulate, seed, smoothing, mixup, cutmix and erasing."""
     mixing, n = [], len(images.classes)
@@ -193,7 +193,7 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
     model.train()
     for step, parts in enumerate(batches):
         lr = schedule(epoch * steps + step)
-        set_lr(optimizer, lr)
+        set_lr(optimizers, lr)
         for part, (batch, labels) in enumerate(parts):
             key = args.seed, "step", epoch, step, machine.rank, part
             torch.manual_seed(randomness(*key).initial_seed())  # for mixing and stochastic depth
@@ -207,9 +207,10 @@ def train_epoch(model, images, optimizer, scaler, schedule, epoch, args, machine
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accumulate).backward()
             losses[step] += loss.detach() / args.accumulate
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         bar.update(args.batch_size)
         if machine.device.type == "cpu" or step % 10 == 9:  # a GPU has to wait for it
             check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, ["the loss"])
@@ -310,12 +311,13 @@ def main(argv=None):
         return run.write_result({"val_accuracy": accuracy})
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)
-    optimizer = make_optimizer(model, args.weight_decay, args.beta2,
-                               lambda name: layer_decay(name, depth, args.layer_decay))
+    optimizers = make_optimizers(
+        model, args.optimizer, args.weight_decay, args.beta2, machine.dtype,
+        lambda name: layer_decay(name, depth, args.layer_decay))
     scaler, network = machine.grad_scaler(), distribute(model, machine, args.compile)
-    for epoch in run.epochs(args.epochs, model, optimizer, scaler):
+    for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()
-        loss, lr = train_epoch(network, images, optimizer, scaler, schedule, epoch, args, machine)
+        loss, lr = train_epoch(network, images, optimizers, scaler, schedule, epoch, args, machine)
         seconds = time.perf_counter() - begin
         speed = round(steps * args.batch_size / seconds, 1)
         record = {"train_loss": loss, **evaluate(model, held_out, machine), "learning_rate": lr,

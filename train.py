@@ -19,7 +19,7 @@ import torch
 from deepmim import SIZES, Config, DeepMIM, HybridTargets, PixelTargets
 from support import checkpoint, data, figures, options
 from support.machine import distribute, gradients_averaged, start
-from support.optimizer import make_optimizer, make_schedule, randomness, set_lr
+from support.optimizer import make_optimizers, make_schedule, randomness, set_lr
 from support.options import require
 from support.run import Run, check_finite
 
@@ -63,7 +63,7 @@ def make_targets(config, teacher_path, alphas, device):
     return options.naming_option(HybridTargets, config, teacher, alphas)
 
 
-def train_epoch(model, targets, images, optimizer, scaler, schedule, epoch, config, machine,
+def train_epoch(model, targets, images, optimizers, scaler, schedule, epoch, config, machine,
                 batch_size, accumulate, seed):
     """One pass over the training images: the mean loss of each tap, (taps,), and the last lr."""
     steps = len(images) // batch_size
@@ -73,7 +73,7 @@ def train_epoch(model, targets, images, optimizer, scaler, schedule, epoch, conf
     batches = data.epoch_steps(images, batch_size, accumulate, seed, epoch, machine)
     for step, parts in enumerate(batches):
         lr = schedule(epoch * steps + step)
-        set_lr(optimizer, lr)
+        set_lr(optimizers, lr)
         # Noise is drawn for the whole batch: an image's mask depends on no process and no part.
         generator = randomness(seed, "mask", epoch, step)
         noise = torch.rand(batch_size, config.patches, generator=generator)
@@ -84,9 +84,10 @@ def train_epoch(model, targets, images, optimizer, scaler, schedule, epoch, conf
                     output = model(batch, noise[part], targets)
                 scaler.scale(output.loss / accumulate).backward()
             losses[step] += output.losses.detach() / accumulate
-        scaler.step(optimizer)
+        for optimizer in optimizers:
+            scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         bar.update(batch_size)
         if machine.device.type == "cpu" or step % 10 == 9:  # a GPU has to wait for it
             check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, names)
@@ -125,12 +126,14 @@ def main(argv=None):
     model.to(machine.device)
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)
-    optimizer, scaler = make_optimizer(model, args.weight_decay, args.beta2), machine.grad_scaler()
+    optimizers = make_optimizers(
+        model, args.optimizer, args.weight_decay, args.beta2, machine.dtype)
+    scaler = machine.grad_scaler()
     network = distribute(model, machine, args.compile)  # the model, or DDP around it
     run = Run(args.out, {**vars(args), "targets": type(targets).__name__}, machine, args.resume)
-    for epoch in run.epochs(args.epochs, model, optimizer, scaler):
+    for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()
-        losses, lr = train_epoch(network, targets, images, optimizer, scaler, schedule, epoch,
+        losses, lr = train_epoch(network, targets, images, optimizers, scaler, schedule, epoch,
                                  config, machine, args.batch_size, args.accumulate, args.seed)
         seconds = time.perf_counter() - begin
         by_tap = {str(tap): loss for tap, loss in zip(config.taps, losses.tolist())}

@@ -17,7 +17,7 @@ from benchmarks import common
 from deepmim import SIZES, Config
 from support import data, options
 from support.machine import start
-from support.optimizer import make_optimizer
+from support.optimizer import make_optimizers
 from support.shapes import FIGURES, make_shapes
 
 try:
@@ -57,10 +57,10 @@ def timms(fused, config, blocks):
 def training(model, config, images, args, machine):
     """A function that trains a model on all images once, STEPS steps."""
     model.to(machine.device)
-    optimizer = make_optimizer(
-        model, args.weight_decay, args.beta2,
+    optimizers = make_optimizers(
+        model, args.optimizer, args.weight_decay, args.beta2, machine.dtype,
         lambda name: finetune.layer_decay(layer_name(name), config.depth, args.layer_decay))
-    return functools.partial(finetune.train_epoch, model, images, optimizer, machine.grad_scaler(),
+    return functools.partial(finetune.train_epoch, model, images, optimizers, machine.grad_scaler(),
                              lambda step: args.lr, 0, args, machine)
 
 

@@ -28,7 +28,7 @@ from benchmarks import common, peers
 from deepmim import SIZES, Config
 from support import data, options
 from support.machine import distribute, start
-from support.optimizer import make_optimizer, randomness
+from support.optimizer import make_optimizers, randomness
 from support.shapes import make_shapes
 
 OURS = {"ours, MAE": (12,), "ours, DeepMIM": (6, 8, 10, 12)}  # their taps
@@ -43,9 +43,10 @@ KINDS = {  # of operations, by how their names begin
 
 
 class Trainee:
-    """A contestant with its optimizer; `changes` go over the Config of its name and size.
+    """A contestant with its optimizers; `changes` go over the Config of its name and size.
     source is the module that ours comes from."""
-    def __init__(self, name, size, machine, compile=False, source=deepmim, **changes):
+    def __init__(self, name, size, machine, compile=False, source=deepmim, optimizer="adamw",
+                 **changes):
         torch.manual_seed(0)
         sizes = {**SIZES[size], "taps": OURS.get(name, (12,)), **changes}
         self.config, self.machine, self.ours = Config(**sizes), machine, name in OURS
@@ -56,7 +57,7 @@ class Trainee:
         else:
             model = peers.PEERS[name.removesuffix(IN_FLOAT32)](self.config)
         self.model = distribute(model.to(machine.device).train(), machine, compile)
-        self.optimizer = make_optimizer(model, weight_decay=0.05, beta2=0.95)
+        self.optimizers = make_optimizers(model, optimizer, 0.05, 0.95, machine.dtype)
 
     def step(self, images, key=0):
         """One step on images (B, C, H, H), ours with the masks of `key`."""
@@ -68,8 +69,9 @@ class Trainee:
             else:
                 loss = self.model(images)
         loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
     def steps(self, batches):
         """A step on each of a list of batches."""

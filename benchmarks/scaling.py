@@ -72,7 +72,7 @@ def epochs(size, batch_size, rounds, machine):
         pixels, labels = make_shapes(count, "benchmark", side=config.image_size)
         images = data.InMemory(pixels, labels, None, config.image_size, machine.device)
         ways[count] = functools.partial(
-            train.train_epoch, trainee.model, PixelTargets(config), images, trainee.optimizer,
+            train.train_epoch, trainee.model, PixelTargets(config), images, trainee.optimizers,
             scaler, lambda step: 0.0, 0, config, machine, batch_size, 1, 0)
         seen[count] = count // batch_size * batch_size  # the rest of a batch is left out
     ways[DATA_SETS[0]]()  # to warm up; with the others it would take long

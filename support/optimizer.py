@@ -25,20 +25,75 @@ def make_schedule(peak, epochs, warmup_epochs, steps_per_epoch):
     return learning_rate
 
 
-def make_optimizer(model, weight_decay, beta2, lr_scale=lambda name: 1.0):
-    """AdamW for what is trained; lr_scale(name) is a parameter's share of the rate, see set_lr."""
-    groups = {}  # matrices decay; biases, norms, tokens and positions don't
-    for name, parameter in model.named_parameters():
+def orthogonalize(matrices, dtype):
+    """Bring the singular values of matrices near 1, and keep their singular vectors.
+    matrices (n, rows, columns), products in dtype → (n, rows, columns) float32
+    Five Newton–Schulz steps of Jordan et al. 2024. Their polynomial brings values of 0.01 … 1 into
+    about 0.7 … 1.2, which is all that training needs."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices                                # rows ≤ columns
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(5):
+        gram = x @ x.mT                                                  # (n, rows, rows)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)                 # (n, rows, columns)
+    return (x.mT if tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024, github.com/KellerJordan/Muon), for matrices.
+    As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but all matrices of one shape at once,
+    which is several times faster for small ones. parts is how many matrices lie in a weight, one
+    above the other: 3 in that of queries, keys and values."""
+    def __init__(self, groups, dtype, momentum=0.95):
+        super().__init__(groups, dict(lr=0.0, weight_decay=0.0, parts=1))
+        self.dtype, self.momentum = dtype, momentum
+
+    @torch.no_grad()
+    def step(self):
+        """Update all weights that have a gradient."""
+        alike = {}
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    alike.setdefault((group["parts"], *weight.shape), []).append((weight, group))
+        for (parts, rows, columns), members in alike.items():
+            directions = []
+            for weight, _ in members:
+                state = self.state[weight]
+                average = state.setdefault("momentum", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - self.momentum)
+                directions.append(weight.grad.lerp(average, self.momentum))  # Nesterov's
+            matrices = torch.stack(directions).view(-1, rows // parts, columns)
+            steps = orthogonalize(matrices, self.dtype).view(-1, rows, columns)
+            size = 0.2 * max(rows // parts, columns) ** 0.5  # steps are then as large as AdamW's
+            for (weight, group), step in zip(members, steps):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(step, alpha=group["lr"] * size)
+
+
+def make_optimizers(model, name, weight_decay, beta2, dtype, lr_scale=lambda name: 1.0):
+    """A list: AdamW for what is trained, or with name "muon" Muon for the matrices of blocks and
+    AdamW for the rest. lr_scale(name) is a parameter's share of the rate, see set_lr."""
+    groups = {"muon": {}, "adamw": {}}
+    for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
-            key = lr_scale(name), weight_decay if decays else 0.0
-            groups.setdefault(key, []).append(parameter)
-    groups = [{"params": groups[key], "lr_scale": key[0], "weight_decay": key[1]}
-              for key in sorted(groups, reverse=True)]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
+            matrix = ".blocks." in parameter_name and parameter.ndim == 2
+            kind = "muon" if name == "muon" and matrix else "adamw"
+            # Matrices decay; biases, norms, tokens and positions don't.
+            decays = parameter.ndim > 1 and not parameter_name.endswith(("token", "pos_embed"))
+            parts = 3 if parameter_name.endswith("qkv.weight") else 1
+            key = lr_scale(parameter_name), weight_decay if decays else 0.0, parts
+            groups[kind].setdefault(key, []).append(parameter)
+    for kind, by_key in groups.items():
+        groups[kind] = [{"params": by_key[key], "lr_scale": key[0], "weight_decay": key[1],
+                         "parts": key[2]} for key in sorted(by_key, reverse=True)]
+    optimizers = [Muon(groups["muon"], dtype)] if groups["muon"] else []
+    return [*optimizers, torch.optim.AdamW(groups["adamw"], lr=0.0, betas=(0.9, beta2), fused=True)]
 
 
-def set_lr(optimizer, lr):
-    """Give each of make_optimizer's groups its share of a learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+def set_lr(optimizers, lr):
+    """Give each of make_optimizers' groups its share of a learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]

@@ -117,7 +117,8 @@ def add_training_options(parser):
     rate("--lr", type=float, help="peak learning rate")
     rate("--blr", type=float, help="the same for each 256 images of a batch")
     add("--warmup-epochs", type=float, help="linear warm-up; a tenth of --epochs when not given")
-    add("--weight-decay", type=float, default=0.05, help="AdamW's")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for blocks")
+    add("--weight-decay", type=float, default=0.05, help="of matrices, times the learning rate")
     add("--beta2", type=float, default=0.95, help="AdamW's, of squared gradients")
     add("--seed", type=int, default=0, help="of initialisation, order, augmentation and masks")
     add = parser.add_argument_group("machine").add_argument

@@ -97,15 +97,16 @@ class Run:
         for name in () if self.resume else ("last.pt", "result.json", "log.jsonl"):
             (self.path / name).unlink(missing_ok=True)
 
-    def epochs(self, total, model, optimizer, scaler):
+    def epochs(self, total, model, optimizers, scaler):
         """Yield the epochs left of `total`, from 0, with all as it was where the run stopped."""
-        self.total, self.parts, done = total, (model, optimizer, scaler), len(self.history)
+        self.total, self.parts, done = total, (model, optimizers, scaler), len(self.history)
         if done == total:
             self.machine.print(f"{self.path} is finished; another --out or --no-resume starts over")
             return
         if self.state:
             checkpoint.load_weights(model, self.state["model"], self.path / "last.pt")
-            optimizer.load_state_dict(self.state["optimizer"])
+            for optimizer, state in zip(optimizers, self.state["optimizers"]):
+                optimizer.load_state_dict(state)
             if self.state["scaler"]:  # empty where the hardware, maybe another one, needed none
                 scaler.load_state_dict(self.state["scaler"])
         self.state = None
@@ -121,7 +122,7 @@ class Run:
 
     def finish_epoch(self, record, content):
         """Write content as model.pt, log.jsonl, last.pt, at the end result.json; or RunFailed."""
-        model, optimizer, scaler = self.parts
+        model, optimizers, scaler = self.parts
         record = {"epoch": len(self.history) + 1, **record}
         figures = {name: value for name, value in record.items() if isinstance(value, float)}
         for name, value in {**model.state_dict(), **figures}.items():
@@ -137,5 +138,6 @@ class Run:
             seconds = round(sum(line["seconds"] for line in self.history), 2)
             self.write_result({**record, "seconds": seconds})
         state = {"options": self.options, "history": self.history, "model": model.state_dict(),
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                 "scaler": scaler.state_dict()}
         write(self.path / "last.pt", lambda file: torch.save(state, file))

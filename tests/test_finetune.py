@@ -14,7 +14,7 @@ import finetune
 from deepmim import Config, ViT
 from support import checkpoint, data, folder
 from support.machine import Machine
-from support.optimizer import make_optimizer, set_lr
+from support.optimizer import make_optimizers, set_lr
 
 CPU = Machine(torch.device("cpu"))
 NOISE = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -53,12 +53,13 @@ def test_linear_probe_normalises_over_the_batch():
 
 def test_layer_rates_follow_the_closed_form():
     model = classifier()
-    optimizer = make_optimizer(model, 0.05, 0.95, lambda name: finetune.layer_decay(name, 3, 0.5))
-    set_lr(optimizer, 2.0)
+    optimizers = make_optimizers(model, "muon", 0.05, 0.95, torch.float32,
+                                 lambda name: finetune.layer_decay(name, 3, 0.5))
+    set_lr(optimizers, 2.0)
     rates = {"encoder.blocks.0": 2 / 8, "encoder.blocks.1": 2 / 4, "encoder.blocks.2": 2 / 2,
              "encoder": 2 / 16, "fc_norm": 2, "head": 2}  # of names that begin so, the first counts
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         for name in [names.pop(id(parameter)) for parameter in group["params"]]:
             assert group["lr"] == next(rates[part] for part in rates if name.startswith(part)), name
     assert not names

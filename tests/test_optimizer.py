@@ -1,8 +1,10 @@
-"""The schedule, and parameter groups."""
+"""The schedule, parameter groups, and Muon."""
 
+import copy
 import math
 
 import pytest
+import torch
 from conftest import TINY
 
 from deepmim import DeepMIM
@@ -17,16 +19,61 @@ def test_the_rate_is_a_line_for_a_tenth_unless_told_then_half_a_cosine(warmup_ep
         assert schedule(step) == pytest.approx(3 * step / warmup if step < warmup else cosine)
 
 
-def test_only_matrices_decay_and_fixed_positions_are_not_trained():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_decay_those_of_blocks_by_muon_and_fixed_positions_are_not_trained(name):
     model = DeepMIM(TINY)
-    made = optimizer.make_optimizer(model, 0.1, 0.95, lambda n: 1 if n.startswith("enc") else 0.25)
+    made = optimizer.make_optimizers(
+        model, name, 0.1, 0.95, torch.float32, lambda n: 1 if n.startswith("enc") else 0.25)
     optimizer.set_lr(made, 2.0)
     found = {}
-    for group in made.param_groups:
-        assert group["betas"] == (0.9, 0.95)
-        for parameter in group["params"]:
-            found[id(parameter)] = group["lr"], group["weight_decay"]
-    for name, parameter in model.named_parameters():
-        matrix = name.endswith("weight") and "norm" not in name
-        expected = 2.0 if name.startswith("enc") else 0.5, 0.1 if matrix else 0.0
-        assert found.get(id(parameter)) == (None if name.endswith("pos_embed") else expected), name
+    for each in made:
+        for group in each.param_groups:
+            assert isinstance(each, optimizer.Muon) or group["betas"] == (0.9, 0.95)
+            for parameter in group["params"]:
+                assert id(parameter) not in found
+                found[id(parameter)] = type(each), group["lr"], group["weight_decay"]
+    for name_, parameter in model.named_parameters():
+        matrix = name_.endswith("weight") and "norm" not in name_
+        by_muon = name == "muon" and matrix and ".blocks." in name_
+        expected = (optimizer.Muon if by_muon else torch.optim.AdamW,
+                    2.0 if name_.startswith("enc") else 0.5, 0.1 if matrix else 0.0)
+        fixed = name_.endswith("pos_embed")
+        assert found.get(id(parameter)) == (None if fixed else expected), name_
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 8), (8, 24), (24, 8)])
+def test_orthogonalize_keeps_singular_vectors_and_brings_values_near_1(rows, columns):
+    matrices = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(0))
+    found = optimizer.orthogonalize(5 * matrices, torch.float32)
+    for matrix, result in zip(matrices, found):
+        u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        values /= values.square().sum().sqrt()
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        torch.testing.assert_close(result, u @ values.diag() @ vh, atol=1e-4, rtol=1e-4)
+        assert values.min() > 0.6 and values.max() < 1.25
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_is_that_of_torch_with_stacked_matrices_apart(parts, dtype):
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(12, 8, generator=generator) for _ in range(2)]
+    theirs = [[part.clone() for part in weight.chunk(parts)] for weight in ours]
+    muon = optimizer.Muon([{"params": ours, "lr_scale": 1.0, "parts": parts,
+                            "weight_decay": 0.1}], dtype)
+    optimizer.set_lr([muon], 0.1)
+    reference = torch.optim.Muon(sum(theirs, []), lr=0.1, weight_decay=0.1, momentum=0.95,
+                                 adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for weight, pieces in zip(ours, theirs):
+            weight.grad = torch.randn(12, 8, generator=generator)
+            for piece, grad in zip(pieces, weight.grad.chunk(parts)):
+                piece.grad = grad.clone()
+        before = copy.deepcopy(ours)
+        muon.step()
+        reference.step()
+    for weight, pieces, old in zip(ours, theirs, before):
+        # torch computes in bfloat16, with 8 bits
+        torch.testing.assert_close(weight, torch.cat(pieces), atol=5e-3, rtol=0)
+        assert (weight - old).abs().mean() > 1e-2

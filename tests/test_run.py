@@ -34,21 +34,22 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, error, raised):
 
 
 def small_run(path, rank=0, scaler=False):
-    """(Run, model, optimizer, scaler) of a linear layer."""
+    """(Run, model, optimizers, scaler) of two linear layers, an optimizer each."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=0.1) for part in model]
     run = Run(path, {"lr": 0.1, "workers": rank}, Machine(torch.device("cpu"), rank, 2))
-    return run, model, optimizer, torch.amp.GradScaler("cpu", enabled=scaler)
+    return run, model, optimizers, torch.amp.GradScaler("cpu", enabled=scaler)
 
 
 def two_epochs(path, **how):
     """Do what is left of two epochs in path."""
-    run, model, optimizer, scaler = small_run(path, **how)
-    for epoch in run.epochs(2, model, optimizer, scaler):
-        optimizer.zero_grad()
+    run, model, optimizers, scaler = small_run(path, **how)
+    for epoch in run.epochs(2, model, optimizers, scaler):
+        model.zero_grad()
         model(torch.tensor([1.0, 2.0, epoch])).square().sum().backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         run.finish_epoch({"loss": 0.5, "seconds": 1.5}, {"model": model.state_dict()})
 
 
@@ -71,12 +72,12 @@ def test_a_run_cut_before_any_write_goes_on_to_the_same_weights(tmp_path, monkey
     assert log(tmp_path / "whole") == [{"epoch": n, "loss": 0.5, "seconds": 1.5} for n in (1, 2)]
 
 
-@pytest.mark.parametrize("place", ["bias", "loss"])
+@pytest.mark.parametrize("place", ["0.bias", "loss"])
 def test_what_is_no_number_is_not_saved(tmp_path, place):
-    run, model, optimizer, scaler = small_run(tmp_path)
-    for _ in run.epochs(1, model, optimizer, scaler):
-        if place == "bias":
-            model.bias.data[0] = math.nan
+    run, model, optimizers, scaler = small_run(tmp_path)
+    for _ in run.epochs(1, model, optimizers, scaler):
+        if place != "loss":
+            model[0].bias.data[0] = math.nan
         record = {"loss": math.inf if place == "loss" else 1.0, "seconds": 1.5}
         with pytest.raises(RunFailed, match=f"epoch 1: {place} is NaN or infinite"):
             run.finish_epoch(record, {})

@@ -60,9 +60,9 @@ def one_step(accumulate):
     model = DeepMIM(TINY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD([{"params": trained, "lr_scale": 1.0}])
+    optimizers = [torch.optim.SGD([{"params": trained, "lr_scale": 1.0}])]
     losses, _ = train.train_epoch(
-        machine.distribute(model, here), PixelTargets(TINY), images, optimizer, here.grad_scaler(),
+        machine.distribute(model, here), PixelTargets(TINY), images, optimizers, here.grad_scaler(),
         lambda step: 1.0, 0, TINY, here, 16, accumulate, 0)
     return losses, {name: before[name] - p.detach() for name, p in model.named_parameters()}
 
