@@ -75,6 +75,18 @@ class CKA:
         return self.cross / (self.self_x[:, None] * self.self_y[None, :]).sqrt()
 
 
+def ridge_probe(x, labels, queries, strength):
+    """Classes that a linear classifier in closed form gives to queries: ridge regression.
+    x (n, D), labels (n,), queries (Q, D) → (Q,). Features are standardised over x, labels one-hot.
+    strength is the weights' penalty, in units of a feature's variance."""
+    deviation, mean = torch.std_mean(x.double(), dim=0)
+    x, queries = ((rows.double() - mean) / (deviation + 1e-6) for rows in (x, queries))
+    wanted = F.one_hot(labels).double()                              # (n, classes)
+    gram = x.T @ x / len(x) + strength * torch.eye(x.shape[1], device=x.device)
+    weights = torch.linalg.solve(gram, x.T @ wanted / len(x))        # (D, classes)
+    return (queries @ weights + wanted.mean(dim=0)).argmax(dim=1)
+
+
 def head_similarity(x):
     """Mean cosine similarity of pairs of heads: (B, heads, …) → scalar, 1 where all do the same.
     Of attention maps (B, heads, T, T) it is what the paper plots; 0: no two look at one place."""

@@ -1,11 +1,149 @@
 """How the recipes of the presets were chosen: for MAE, on held-out training images.
 
-    python -m study.recipe data/cifar10 base lr-0.003 --minutes 10
-    python -m study.recipe data/cifar10 --table
+    python -m study.recipe data/cifar10 muon-6e-3 muon-12e-3   # these arms, ten minutes each
+    python -m study.recipe data/cifar10 --table                # what was found, as Markdown
 
-Each arm is a command line of train.py. All get the minutes' worth of computation of this machine:
-what a step costs beside that of the first arm is measured in turns before, and an arm whose steps
-cost more sees fewer images. A tenth of the training images is held out. On them the last decoder's
-loss is measured (where targets and masks are the same), and a ridge classifier of the frozen mean
-patch tokens that is fitted on the other nine tenths. Results go into study/recipe/ARM.json.
+A tenth of the training images is held out. Every arm is train.py with other options. All get the
+same amount of computing, ten minutes on two cores: what an image costs beside the first arm is
+measured in turns, and an arm whose images cost more sees fewer. Then the last decoder's loss on
+held-out images is measured, and how many of them a linear classifier of frozen mean patch tokens
+gets right, which is fitted on half of the other images. Figures go into study/recipe/ARM.json.
 """
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+import train
+from analyze import ridge_probe
+from benchmarks import common, pretrain
+from deepmim import Config, DeepMIM
+from support import checkpoint, data, options
+from support.machine import start
+from support.optimizer import randomness
+from support.run import make_directory, write_json
+
+HERE = Path(__file__).parent / "recipe"
+IMAGES = 288_000  # of the first arm: ten minutes on two cores at 480 images/s
+BLOCKS = (6, 8, 12)
+ARMS = {
+    "muon-6e-3": "",
+    "muon-3e-3": "--lr 3e-3",
+    "muon-12e-3": "--lr 12e-3",
+    "adamw-1e-3": "--optimizer adamw --lr 1e-3",
+    "adamw-2e-3": "--optimizer adamw --lr 2e-3",
+    "adamw-4e-3": "--optimizer adamw --lr 4e-3",
+    "batch-32": "--batch-size 32 --lr 4.2e-3",
+    "batch-128": "--batch-size 128 --lr 8.4e-3",
+    "decay-0": "--weight-decay 0",
+    "decay-0.2": "--weight-decay 0.2",
+    "warmup-0.3": "--warmup-epochs 0.2",
+    "plain-pixels": "--no-norm-pix",
+    "mask-0.6": "--mask-ratio 0.6",
+    "mask-0.85": "--mask-ratio 0.85",
+    "decoder-1": "--decoder-depth 1",
+    "decoder-2": "--decoder-depth 2",
+    "decoder-96": "--decoder-dim 96 --decoder-heads 3",
+    "decoder-32": "--decoder-dim 32 --decoder-heads 1",
+}
+BASE = "--preset cifar10-nano --method mae --optimizer muon --lr 6e-3"
+
+
+def arguments(arm):
+    """The options of an arm, as train.py parses them."""
+    return train.parse([*BASE.split(), *ARMS[arm].split()])
+
+
+def held_out_source(name):
+    """Put a source into data.SOURCES: nine tenths of --data's training images, and the others."""
+    machine = start("cpu")
+    config = Config(image_size=32, patch_size=4)
+    parts = [data.prepare(part, config, machine, workers=2)
+             for part in data.find(name, machine, hold_out=0.1)]
+    parts = [data.Part(part.pixels, part.labels, part.classes) for part in parts]
+    data.SOURCES["held-out"] = lambda machine: parts
+
+
+def cost(arm, machine):
+    """What an image of an arm costs beside one of the first arm, in turns of some steps."""
+    ways, count = {}, {}
+    for name in (next(iter(ARMS)), arm):
+        args = arguments(name)
+        trainee = pretrain.Trainee("ours, MAE", "nano", machine, optimizer=args.optimizer, **{
+            key: getattr(args, key)
+            for key in ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")})
+        images = torch.randn(args.batch_size, 3, 32, 32)
+        count[name] = 512 // args.batch_size
+        ways[name] = lambda trainee=trainee, n=count[name], x=images: trainee.steps([x] * n)
+    seconds = common.take_turns(ways, 9, machine.device)
+    return common.ratio(seconds[arm], seconds[next(iter(ARMS))])
+
+
+@torch.no_grad()
+def judge(model, parts, machine):
+    """The last decoder's loss on held-out images, and the accuracy of a probe of some blocks."""
+    images, held_out = (data.prepare(part, model.config, machine) for part in parts)
+    generator, losses, features = randomness("recipe", "masks"), [], []
+    everything = torch.arange(len(held_out)).split(250)
+    for batch, _ in held_out.batches(everything):
+        noise = torch.rand(len(batch), model.config.patches, generator=generator)
+        with machine.autocast():
+            losses.append(model(batch, noise).losses[-1])
+    for part, chunks in ((images, torch.arange(0, len(images), 2).split(250)),
+                         (held_out, everything)):
+        rows = []
+        for batch, labels in part.batches(chunks):
+            with machine.autocast():
+                outputs = model.encoder.forward_intermediates(batch)
+            means = [outputs[block - 1][:, 1:].float().mean(dim=1) for block in BLOCKS]
+            rows.append((torch.stack(means), labels))                       # (blocks, B, D), (B,)
+        features += [torch.cat([x for x, _ in rows], dim=1), torch.cat([y for _, y in rows])]
+    xs, labels, queries, wanted = features
+    figures = {"loss": round(torch.stack(losses).mean().item(), 4)}
+    for block, x, asked in zip(BLOCKS, xs, queries):
+        right = ridge_probe(x, labels, asked, 0.01) == wanted
+        figures[f"block_{block}"] = round(100 * right.float().mean().item(), 2)
+    return figures
+
+
+def run(arm, machine):
+    """Train an arm and write what came of it."""
+    price = cost(arm, machine)
+    n = len(data.SOURCES["held-out"](machine)[0].labels)
+    epochs = math.ceil(IMAGES / price / n)
+    limit = round(IMAGES / price / epochs)
+    out = f"runs/recipe/{arm}"
+    train.main([*BASE.split(), *ARMS[arm].split(), "--data", "held-out", "--epochs", str(epochs),
+                "--limit", str(limit), "--out", out])
+    content = checkpoint.read(f"{out}/model.pt")
+    model = DeepMIM(Config(**content["config"]))
+    model.load_state_dict(content["model"])
+    figures = {"options": ARMS[arm], "cost": price, "images": limit * epochs,
+               **judge(model, data.SOURCES["held-out"](machine), machine)}
+    make_directory(HERE)
+    write_json(HERE / f"{arm}.json", figures)
+    print(f"{arm}: {figures}", flush=True)
+
+
+def main(argv=None):
+    """Run arms, or show the table."""
+    parser = options.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", help="as train.py's --data, with classes")
+    parser.add_argument("arms", nargs="*", choices=[*ARMS, []], help="default: all without figures")
+    parser.add_argument("--table", action="store_true", help="print what was found")
+    args = parser.parse(argv)
+    if args.table:
+        rows = [{"arm": arm, **json.loads((HERE / f"{arm}.json").read_text())}
+                for arm in ARMS if (HERE / f"{arm}.json").exists()]
+        common.table(BASE, rows)
+        return
+    held_out_source(args.data)
+    machine = start("cpu")
+    for arm in args.arms or [arm for arm in ARMS if not (HERE / f"{arm}.json").exists()]:
+        run(arm, machine)
+
+
+if __name__ == "__main__":
+    options.run(main)
