@@ -60,8 +60,9 @@ class Muon(torch.optim.Optimizer):
         for (parts, rows, columns), members in alike.items():
             directions = []
             for weight, _ in members:
-                state = self.state[weight]
-                average = state.setdefault("momentum", torch.zeros_like(weight))
+                if weight not in self.state:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                average = self.state[weight]["momentum"]
                 average.lerp_(weight.grad, 1 - self.momentum)
                 directions.append(weight.grad.lerp(average, self.momentum))  # Nesterov's
             matrices = torch.stack(directions).view(-1, rows // parts, columns)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import analyze
 import finetune
-from analyze import CKA, gram_matrices, head_similarity, linear_cka, unbiased_hsic
+from analyze import CKA, gram_matrices, head_similarity, linear_cka, ridge_probe, unbiased_hsic
 from deepmim import Config, DeepMIM, ViT
 from support import checkpoint, data, shapes
 from support.options import BadInput
@@ -123,6 +123,20 @@ def test_head_similarity_equals_the_definition():
     x = normal(2, 3, 4, 4).flatten(2)
     pairs = torch.cosine_similarity(x[:, [0, 0, 1]], x[:, [1, 2, 2]], dim=2)
     assert head_similarity(x).item() == pytest.approx(pairs.mean().item())
+
+
+def test_ridge_probe_is_least_squares_with_rows_that_pull_the_weights_to_zero():
+    x, labels = 3 + 2 * normal(60, 5), torch.arange(60) % 3
+    queries, strength = 3 + 2 * normal(40, 5, seed=1), 0.1
+    deviation, mean = torch.std_mean(x, dim=0)
+    rows, asked = ((part - mean) / deviation for part in (x, queries))
+    pull = (60 * strength) ** 0.5 * torch.eye(5, dtype=torch.float64)
+    one_hot = torch.eye(3, dtype=torch.float64)[labels]
+    wanted = torch.cat([one_hot - one_hot.mean(dim=0), torch.zeros(5, 3)])
+    weights = torch.linalg.lstsq(torch.cat([rows, pull]), wanted).solution
+    expected = (asked @ weights + one_hot.mean(dim=0)).argmax(dim=1)
+    assert torch.equal(ridge_probe(x, labels, queries, strength), expected)
+    assert len(expected.unique()) == 3
 
 
 def test_attention_is_what_each_block_used():

@@ -77,3 +77,31 @@ def test_muon_is_that_of_torch_with_stacked_matrices_apart(parts, dtype):
         # torch computes in bfloat16, with 8 bits
         torch.testing.assert_close(weight, torch.cat(pieces), atol=5e-3, rtol=0)
         assert (weight - old).abs().mean() > 1e-2
+
+
+def stepped(scale, spoil=False):
+    """A small DeepMIM after one step of Muon and AdamW through a gradient scaler."""
+    torch.manual_seed(0)
+    model = DeepMIM(TINY)
+    optimizers = optimizer.make_optimizers(model, "muon", 0.1, 0.95, torch.float32)
+    optimizer.set_lr(optimizers, 0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    images, noise = torch.randn(2, 3, 8, 8), torch.rand(2, TINY.patches)
+    scaler.scale(model(images, noise).loss).backward()
+    for weight in model.parameters():
+        if spoil and weight.grad is not None:
+            weight.grad.view(-1)[0] = math.inf
+    for each in optimizers:
+        scaler.step(each)
+    scaler.update()
+    return model.state_dict()
+
+
+def test_a_gradient_scaler_changes_nothing_but_skips_what_overflows():
+    plain, scaled, skipped = stepped(1), stepped(1024), stepped(1024, spoil=True)
+    for name in plain:
+        torch.testing.assert_close(scaled[name], plain[name], atol=1e-5, rtol=1e-4)
+        assert name.endswith("pos_embed") or not torch.equal(plain[name], skipped[name])
+    torch.manual_seed(0)
+    start = DeepMIM(TINY).state_dict()
+    assert all(torch.equal(skipped[name], start[name]) for name in start)

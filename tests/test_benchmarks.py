@@ -1,0 +1,47 @@
+"""benchmarks/: what peers are asked for, and a race of seconds from end to end."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY
+
+import train
+from benchmarks import peers, quality
+from deepmim import Config, patchify, random_masking, unpatchify
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_peers_hide_what_the_noise_says_and_predict_normalised_patches(name):
+    pytest.importorskip(name.replace("-", "_"))
+    torch.manual_seed(0)
+    config = Config(image_size=8, patch_size=2, dim=16, heads=2, depth=2, decoder_dim=8,
+                    decoder_heads=2, taps=(2,))
+    peer, noise = peers.PEERS[name](config).eval(), torch.rand(2, 16)
+    images, (_, ids_hide) = torch.randn(2, 3, 8, 8), random_masking(noise, 0.75)
+    losses = []
+    for level in (-2.0, 3.0):  # flat patches, which are zero when normalised
+        patches = patchify(images, 2)
+        patches.scatter_(1, ids_hide[:, :, None].expand(-1, -1, 12), level)
+        losses.append(peer(unpatchify(patches, 2), noise))
+    torch.testing.assert_close(*losses)
+    assert peer(images, noise) > losses[0] + 0.5
+    features = peer.features(images)
+    assert features.shape == (2, 16)
+    torch.testing.assert_close(features[:1], peer.features(images[:1]))
+
+
+def test_a_race_of_seconds(images, tmp_path, monkeypatch):
+    tiny = {**vars(TINY), "taps": (6, 8, 10, 12), "depth": 12, "batch_size": 4}
+    monkeypatch.setitem(train.PRESETS, "cifar10-nano", {**train.PRESETS["cifar10-nano"], **tiny})
+    monkeypatch.setattr(quality, "TURN", 0.1)
+    quality.main(["--data", f"{images}", "--minutes", "0.005", "--out", f"{tmp_path}",
+                  "--only", "ours", "ours, N / 5"])
+    found = json.loads((tmp_path / "quality.json").read_text())["results"]
+    seconds = [curve[-1]["seconds"] for curve in found["curves"].values()]
+    assert seconds[0] == pytest.approx(0.3, abs=0.2) and seconds[1] < seconds[0]
+    for row, curve in zip(found["rows"], found["curves"].values()):
+        assert row["held_out_loss"] == round(curve[-1]["loss"], 4)
+        assert curve[0]["seconds"] == 0 and curve[0]["loss"] != curve[-1]["loss"]
+        assert 0 <= row["linear_accuracy"] <= 1
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
