@@ -84,8 +84,8 @@ class Ours(torch.nn.Module):
 class Contestant:
     """A model in training, and what became of it."""
     def __init__(self, recipe, config, images, minutes, machine):
-        options.require(recipe.batch_size <= len(images), f"--data: {len(images)} images to train on "
-                        f"are less than a batch of {recipe.batch_size}")
+        holds = recipe.batch_size <= len(images)
+        options.require(holds, f"--data: {len(images)} images are less than a batch")
         torch.manual_seed(0)
         make = peers.PEERS.get(recipe.package, Ours)
         self.model = make(config).to(machine.device).train()
