@@ -24,12 +24,12 @@ from support.options import require
 from support.run import Run, check_finite
 
 PRESETS = {
-    "shapes": dict(SIZES["nano"], epochs=4, batch_size=32, optimizer="muon", lr=6e-3,
+    "shapes": dict(SIZES["nano"], epochs=4, batch_size=32, optimizer="muon", lr=12e-3,
                    norm_pix=False),
     "cifar10-nano": dict(SIZES["nano"], data="cifar10", epochs=8, batch_size=64, optimizer="muon",
-                         lr=6e-3),
+                         lr=12e-3),
     "cifar10": dict(SIZES["tiny"], data="cifar10", epochs=400, batch_size=1024, optimizer="muon",
-                    lr=6e-3),
+                    lr=12e-3),
     "imagenet": dict(SIZES["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4,
                      warmup_epochs=40),
 }

@@ -20,40 +20,47 @@ import train
 from analyze import ridge_probe
 from benchmarks import common, pretrain
 from deepmim import Config, DeepMIM
-from support import checkpoint, data, options
+from support import checkpoint, data, optimizer, options
 from support.machine import start
 from support.optimizer import randomness
+from support.options import require
 from support.run import make_directory, write_json
 
 HERE = Path(__file__).parent / "recipe"
 IMAGES = 288_000  # of the first arm: ten minutes on two cores at 480 images/s
 BLOCKS = (6, 8, 12)
-ARMS = {
-    "muon-6e-3": "",
-    "muon-3e-3": "--lr 3e-3",
-    "muon-12e-3": "--lr 12e-3",
+BASE = "--preset cifar10-nano --method mae --optimizer muon --lr 12e-3"
+SETTINGS = {"BESIDE_MUON": optimizer, "CROP_SHIFT": data}  # constants that an arm may change
+ARMS = {  # options over BASE, and constants
+    "base": "",
+    "one-rate": "--lr 6e-3 BESIDE_MUON=1",
+    "beside-0.3": "BESIDE_MUON=0.3",
+    "muon-6e-3": "--lr 6e-3",
+    "muon-24e-3": "--lr 24e-3",
     "adamw-1e-3": "--optimizer adamw --lr 1e-3",
     "adamw-2e-3": "--optimizer adamw --lr 2e-3",
     "adamw-4e-3": "--optimizer adamw --lr 4e-3",
-    "batch-32": "--batch-size 32 --lr 4.2e-3",
-    "batch-128": "--batch-size 128 --lr 8.4e-3",
+    "batch-32": "--batch-size 32 --lr 8.5e-3",
+    "batch-128": "--batch-size 128 --lr 17e-3",
     "decay-0": "--weight-decay 0",
     "decay-0.2": "--weight-decay 0.2",
-    "warmup-0.3": "--warmup-epochs 0.2",
+    "warmup-0.2": "--warmup-epochs 0.2",
     "plain-pixels": "--no-norm-pix",
     "mask-0.6": "--mask-ratio 0.6",
     "mask-0.85": "--mask-ratio 0.85",
+    "no-shift": "CROP_SHIFT=0",
     "decoder-1": "--decoder-depth 1",
     "decoder-2": "--decoder-depth 2",
     "decoder-96": "--decoder-dim 96 --decoder-heads 3",
     "decoder-32": "--decoder-dim 32 --decoder-heads 1",
 }
-BASE = "--preset cifar10-nano --method mae --optimizer muon --lr 6e-3"
 
 
-def arguments(arm):
-    """The options of an arm, as train.py parses them."""
-    return train.parse([*BASE.split(), *ARMS[arm].split()])
+def split_arm(arm):
+    """An arm's options over BASE, as words, and its constants, {name: value}."""
+    words = ARMS[arm].split()
+    settings = dict(word.split("=") for word in words if "=" in word)
+    return [*BASE.split(), *(word for word in words if "=" not in word)], settings
 
 
 def held_out_source(name):
@@ -70,7 +77,7 @@ def cost(arm, machine):
     """What an image of an arm costs beside one of the first arm, in turns of some steps."""
     ways, count = {}, {}
     for name in (next(iter(ARMS)), arm):
-        args = arguments(name)
+        args = train.parse(split_arm(name)[0])
         trainee = pretrain.Trainee("ours, MAE", "nano", machine, optimizer=args.optimizer, **{
             key: getattr(args, key)
             for key in ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")})
@@ -115,8 +122,11 @@ def run(arm, machine):
     epochs = math.ceil(IMAGES / price / n)
     limit = round(IMAGES / price / epochs)
     out = f"runs/recipe/{arm}"
-    train.main([*BASE.split(), *ARMS[arm].split(), "--data", "held-out", "--epochs", str(epochs),
-                "--limit", str(limit), "--out", out])
+    words, settings = split_arm(arm)
+    for name, value in settings.items():
+        setattr(SETTINGS[name], name, type(getattr(SETTINGS[name], name))(value))
+    train.main([*words, "--data", "held-out", "--epochs", str(epochs), "--limit", str(limit),
+                "--out", out])
     content = checkpoint.read(f"{out}/model.pt")
     model = DeepMIM(Config(**content["config"]))
     model.load_state_dict(content["model"])
@@ -131,7 +141,7 @@ def main(argv=None):
     """Run arms, or show the table."""
     parser = options.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="as train.py's --data, with classes")
-    parser.add_argument("arms", nargs="*", choices=[*ARMS, []], help="default: all without figures")
+    parser.add_argument("arms", nargs="*", choices=[*ARMS, []], help="at most those of an evening")
     parser.add_argument("--table", action="store_true", help="print what was found")
     args = parser.parse(argv)
     if args.table:
@@ -139,9 +149,11 @@ def main(argv=None):
                 for arm in ARMS if (HERE / f"{arm}.json").exists()]
         common.table(BASE, rows)
         return
+    require(len(args.arms) < 2 or not any("=" in ARMS[arm] for arm in args.arms),
+            "arms: one that changes a constant runs alone")
     held_out_source(args.data)
     machine = start("cpu")
-    for arm in args.arms or [arm for arm in ARMS if not (HERE / f"{arm}.json").exists()]:
+    for arm in args.arms:
         run(arm, machine)
 
 

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+BESIDE_MUON = 0.1  # AdamW's rate for what is no matrix of a block, as a share of Muon's
+
 
 def randomness(*key):
     """A generator of its own for each key, such as (seed, "order", epoch), so draws can repeat."""
@@ -78,19 +80,21 @@ def make_optimizers(model, name, weight_decay, beta2, dtype, lr_scale=lambda nam
     AdamW for the rest. lr_scale(name) is a parameter's share of the rate, see set_lr."""
     groups = {"muon": {}, "adamw": {}}
     for parameter_name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            matrix = ".blocks." in parameter_name and parameter.ndim == 2
-            kind = "muon" if name == "muon" and matrix else "adamw"
-            # Matrices decay; biases, norms, tokens and positions don't.
-            decays = parameter.ndim > 1 and not parameter_name.endswith(("token", "pos_embed"))
-            parts = 3 if parameter_name.endswith("qkv.weight") else 1
-            key = lr_scale(parameter_name), weight_decay if decays else 0.0, parts
-            groups[kind].setdefault(key, []).append(parameter)
-    for kind, by_key in groups.items():
-        groups[kind] = [{"params": by_key[key], "lr_scale": key[0], "weight_decay": key[1],
-                         "parts": key[2]} for key in sorted(by_key, reverse=True)]
-    optimizers = [Muon(groups["muon"], dtype)] if groups["muon"] else []
-    return [*optimizers, torch.optim.AdamW(groups["adamw"], lr=0.0, betas=(0.9, beta2), fused=True)]
+        if not parameter.requires_grad:
+            continue
+        kind, share, parts = "adamw", lr_scale(parameter_name), 1
+        if name == "muon" and ".blocks." in parameter_name and parameter.ndim == 2:
+            kind, parts = "muon", 3 if parameter_name.endswith("qkv.weight") else 1
+        elif name == "muon":
+            share *= BESIDE_MUON
+        # Matrices decay; biases, norms, tokens and positions don't.
+        decays = parameter.ndim > 1 and not parameter_name.endswith(("token", "pos_embed"))
+        key = share, weight_decay if decays else 0.0, parts
+        group = {"params": [], "lr_scale": key[0], "weight_decay": key[1], "parts": parts}
+        groups[kind].setdefault(key, group)["params"].append(parameter)
+    muon, adamw = (list(by_key.values()) for by_key in groups.values())
+    optimizers = [Muon(muon, dtype)] if muon else []
+    return [*optimizers, torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, beta2), fused=True)]
 
 
 def set_lr(optimizers, lr):
