@@ -56,11 +56,17 @@ ARMS = {  # options over BASE, and constants
 }
 
 
+for seed in range(3):  # how many images each optimizer needs
+    ARMS[f"two-epochs-muon-{seed}"] = f"--epochs 2 --limit 45000 --seed {seed}"
+    ARMS[f"two-epochs-adamw-{seed}"] = (
+        f"--epochs 2 --limit 45000 --seed {seed} --optimizer adamw --lr 1e-3")
+
+
 def split_arm(arm):
     """An arm's options over BASE, as words, and its constants, {name: value}."""
     words = ARMS[arm].split()
-    settings = dict(word.split("=") for word in words if "=" in word)
-    return [*BASE.split(), *(word for word in words if "=" not in word)], settings
+    return ([word for word in words if "=" not in word],
+            dict(word.split("=") for word in words if "=" in word))
 
 
 def held_out_source(name):
@@ -77,7 +83,7 @@ def cost(arm, machine):
     """What an image of an arm costs beside one of the first arm, in turns of some steps."""
     ways, count = {}, {}
     for name in (next(iter(ARMS)), arm):
-        args = train.parse(split_arm(name)[0])
+        args = train.parse([*BASE.split(), *split_arm(name)[0]])
         trainee = pretrain.Trainee("ours, MAE", "nano", machine, optimizer=args.optimizer, **{
             key: getattr(args, key)
             for key in ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")})
@@ -121,16 +127,17 @@ def run(arm, machine):
     n = len(data.SOURCES["held-out"](machine)[0].labels)
     epochs = math.ceil(IMAGES / price / n)
     limit = round(IMAGES / price / epochs)
-    out = f"runs/recipe/{arm}"
     words, settings = split_arm(arm)
     for name, value in settings.items():
         setattr(SETTINGS[name], name, type(getattr(SETTINGS[name], name))(value))
-    train.main([*words, "--data", "held-out", "--epochs", str(epochs), "--limit", str(limit),
-                "--out", out])
-    content = checkpoint.read(f"{out}/model.pt")
+    command = [*BASE.split(), "--data", "held-out", "--epochs", str(epochs), "--limit", str(limit),
+               "--out", f"runs/recipe/{arm}", *words]
+    args = train.parse(command)
+    train.main(command)
+    content = checkpoint.read(f"{args.out}/model.pt")
     model = DeepMIM(Config(**content["config"]))
     model.load_state_dict(content["model"])
-    figures = {"options": ARMS[arm], "cost": price, "images": limit * epochs,
+    figures = {"options": ARMS[arm], "cost": price, "images": args.limit * args.epochs,
                **judge(model, data.SOURCES["held-out"](machine), machine)}
     make_directory(HERE)
     write_json(HERE / f"{arm}.json", figures)

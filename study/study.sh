@@ -48,7 +48,7 @@ case $SIZE in
         TRAIN="--preset cifar10" TUNE="--preset cifar10"
         SEEDS="0:400 1:400 2:400" TUNED="0 1 2" VARIED="0 1 2" ;;
     small)
-        TRAIN="--preset cifar10-nano --batch-size 256 --lr 1.5e-3"
+        TRAIN="--preset cifar10-nano --optimizer adamw --batch-size 256 --lr 1.5e-3"
         TUNE="--preset cifar10-nano" FEW="--epochs 10"
         SEEDS="0:100 1:30 2:30" TUNED="0 1 2" VARIED="0" REPORT=study ;;
     smoke)

@@ -1,4 +1,4 @@
-"""Seeds, the schedule of the learning rate, and AdamW."""
+"""Seeds, the schedule of the learning rate, AdamW and Muon."""
 
 import hashlib
 import math
