@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import DECODER, SIZES
 
 import analyze
 import finetune
 import train
-from study import report
+from study import recipe, report
 from support import options, shapes
 
 SCRIPTS = {"train.py": train, "finetune.py": finetune, "analyze.py": analyze}
@@ -132,3 +133,23 @@ def test_the_smallest_study_fills_every_column_and_picture(monkeypatch, tmp_path
     assert {row["arm"] for row in content["numbers"]} == {*report.ARMS, "taps-3", "taps-1-3"}
     assert len(list(Path("runs/study/smoke/report").glob("*.png"))) == len(report.FIGURES)
     assert all("-1/" in name for name in content["missing"])  # that seed is only pre-trained
+
+
+def test_an_arm_of_the_recipe_sees_what_its_cost_allows(images, tmp_path, monkeypatch):
+    """Of 18 images 16 are trained on. 60 cost as much as 40 that are half as dear again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "HERE", tmp_path / "found")
+    monkeypatch.setattr(recipe, "IMAGES", 60)
+    monkeypatch.setattr(recipe, "BLOCKS", (1, 3))
+    monkeypatch.setattr(recipe, "BASE", " ".join([
+        "--method mae --batch-size 4 --workers 0 --device cpu", *SIZES, *DECODER[:-2]]))
+    monkeypatch.setitem(recipe.ARMS, "arm", "--lr 1e-3 BESIDE_MUON=0.5")
+    monkeypatch.setattr(recipe, "cost", lambda arm, machine: 1.5)
+    monkeypatch.setattr(recipe.optimizer, "BESIDE_MUON", 0.1)  # to be set back
+    monkeypatch.setattr(recipe.data, "SOURCES", dict(recipe.data.SOURCES))
+    recipe.main([str(images), "arm"])
+    found = json.loads((tmp_path / "found/arm.json").read_text())
+    assert found["images"] == 39 and recipe.optimizer.BESIDE_MUON == 0.5  # 3 epochs of 13
+    assert 0 <= found["block_1"] <= 100 and found["loss"] > 0
+    result = json.loads((tmp_path / "runs/recipe/arm/result.json").read_text())
+    assert result["options"]["lr"] == 1e-3 and result["epoch"] == 3
