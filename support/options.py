@@ -128,7 +128,7 @@ def add_training_options(parser):
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
     add("--compile", action="store_true", help="compile the model: a slow start, faster steps")
     add("--accumulate", type=int, default=1, help="compute a batch in this many parts: less memory")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="or overwrite --out")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on, or overwrite")
 
 
 def option(field):
