@@ -300,7 +300,8 @@ def main(argv=None):
     require(len(classes or ()) > 1, f"--data: {args.data} has no classes to tell apart; "
             "train/<class>/* is needed, and val/ or test/ beside train/")
     further = v2.RandAugment(magnitude=args.randaugment) if args.randaugment else None
-    images = data.prepare(train, config, machine, args.workers, CROP_SCALE, further)
+    images = data.prepare(
+        train, config, machine, args.workers, args.shift, CROP_SCALE, further)
     held_out = data.prepare(held_out, config, machine, args.workers)
     model = make_classifier(args, config, state, len(classes), machine)
     run = Run(args.out, vars(args), machine, args.resume)

@@ -26,8 +26,8 @@ from support.run import Run, check_finite
 PRESETS = {
     "shapes": dict(SIZES["nano"], epochs=4, batch_size=32, optimizer="muon", lr=12e-3,
                    norm_pix=False),
-    "cifar10-nano": dict(SIZES["nano"], data="cifar10", epochs=8, batch_size=64, optimizer="muon",
-                         lr=12e-3),
+    "cifar10-nano": dict(SIZES["nano"], data="cifar10", shift=0, epochs=8, batch_size=64,
+                         optimizer="muon", lr=12e-3),
     "cifar10": dict(SIZES["tiny"], data="cifar10", epochs=400, batch_size=1024, optimizer="muon",
                     lr=12e-3),
     "imagenet": dict(SIZES["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4,
@@ -120,7 +120,7 @@ def main(argv=None):
     targets = make_targets(config, args.teacher, args.alphas, machine.device)
     train, held_out = data.find(args.data, machine, args.limit, skip_damaged=args.skip_damaged,
                                 workers=args.workers, batch_size=args.batch_size)
-    images = data.prepare(train, config, machine, args.workers)
+    images = data.prepare(train, config, machine, args.workers, args.shift)
     held_out = data.prepare(held_out, config, machine, args.workers)
     if args.init:
         found, state = checkpoint.read_encoder(args.init, args.heads)

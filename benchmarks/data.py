@@ -29,6 +29,7 @@ from support.optimizer import randomness
 from support.shapes import FIGURES, make_shapes
 
 BATCH = 64
+SHIFT = 4   # pixels
 NOISE = 16  # of 255: so a JPEG file takes about as many bytes per pixel as a photograph
 LOADERS = {"Pillow images": pil_loader, "tensors": functools.partial(decode_image, mode="RGB")}
 
@@ -77,8 +78,8 @@ def in_memory(count, workers, device):
     """Ways to load `count` images of 32 px: {(whose, how many workers): function}."""
     images, labels = make_shapes(count, "benchmark")
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    ways = {("ours", 0): ours(data.InMemory(images, labels, None, 32, device), device)}
-    shift = v2.RandomCrop(32, padding=data.CROP_SHIFT, padding_mode="reflect")
+    ways = {("ours", 0): ours(data.InMemory(images, labels, None, 32, device, SHIFT), device)}
+    shift = v2.RandomCrop(32, padding=SHIFT, padding_mode="reflect")
     for kind in LOADERS:
         dataset = Decoded(pixels, labels.tolist(), transforms(kind, shift))
         for number in workers:

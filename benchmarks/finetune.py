@@ -69,7 +69,7 @@ def compare(size, batch_size, rounds, machine):
     config = Config(**SIZES[size])
     args = finetune.parse(["--scratch", "--batch-size", str(batch_size)])
     pixels, labels = make_shapes(STEPS * batch_size, "benchmark", side=config.image_size)
-    images = data.InMemory(pixels, labels, list(FIGURES), config.image_size, machine.device)
+    images = data.InMemory(pixels, labels, list(FIGURES), config.image_size, machine.device, 4)
     makers = {"ours": ours}
     if timm:
         ways = {}

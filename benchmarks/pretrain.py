@@ -180,7 +180,7 @@ def compare(size, names, batch_size, rounds, machine):
     trainees = {name: Trainee(name, size, machine) for name in names}
     config = trainees["ours, MAE"].config
     pixels, labels = make_shapes(STEPS * batch_size, "benchmark", side=config.image_size)
-    images = data.InMemory(pixels, labels, None, config.image_size, machine.device)
+    images = data.InMemory(pixels, labels, None, config.image_size, machine.device, 4)
     order = data.epoch_order(len(images), batch_size, 0, 0)
     batches = [batch for batch, _ in images.batches(order, (0, 0))]
     ways = {"loading": lambda: list(images.batches(order, (0, 0)))}

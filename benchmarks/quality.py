@@ -200,7 +200,8 @@ def main(argv=None):
     sizes = vars(train.parse(["--preset", "cifar10-nano", "--method", "mae"]))
     config = Config(**{field.name: sizes[field.name] for field in dataclasses.fields(Config)})
     parts = data.find(args.data, machine, hold_out=0.1)
-    images, held_out = (data.prepare(part, config, machine) for part in parts)
+    images, held_out = (
+        data.prepare(part, config, machine, shift=sizes["shift"]) for part in parts)
     few = data.prepare(parts[0].split(10000, "quality")[1], config, machine)
     there = ["ours", *peers.available()]
     contestants = {

@@ -70,7 +70,7 @@ def epochs(size, batch_size, rounds, machine):
     ways, seen = {}, {}
     for count in DATA_SETS:
         pixels, labels = make_shapes(count, "benchmark", side=config.image_size)
-        images = data.InMemory(pixels, labels, None, config.image_size, machine.device)
+        images = data.InMemory(pixels, labels, None, config.image_size, machine.device, 4)
         ways[count] = functools.partial(
             train.train_epoch, trainee.model, PixelTargets(config), images, trainee.optimizers,
             scaler, lambda step: 0.0, 0, config, machine, batch_size, 1, 0)

@@ -24,7 +24,6 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])  # ImageNet's, which published MAE we
 STD = torch.tensor([0.229, 0.224, 0.225])
 SMALL_IMAGE = 64         # sides up to this are kept decoded …
 DECODED_BYTES = 2 << 30  # … where all of them together take no more than this
-CROP_SHIFT = 4           # pixels by which a small image moves at most, at 32 × 32 (usual for CIFAR)
 CROP_SCALE = (0.2, 1)    # of a larger image's area, for RandomResizedCrop, as in MAE's code
 GROUP = 8                # images of a batch that share the draws of a transform, see in_groups
 BICUBIC = v2.InterpolationMode.BICUBIC
@@ -69,9 +68,10 @@ def find_held_out(name, machine):
     return folder.labelled(Path(name), []) if plain else find(name, machine)[1]
 
 
-def prepare(part, config, machine, workers=0, crop_scale=CROP_SCALE, further=None):
+def prepare(part, config, machine, workers=0, shift=0, crop_scale=CROP_SCALE, further=None):
     """A Part as images of config's size that give batches: InMemory where they fit, else Streamed.
-    To train on: crop_scale is for RandomResizedCrop, further another transform of uint8 images."""
+    To train on: small images move by up to `shift` pixels at 32 × 32, others are cropped to
+    crop_scale; further is another transform of uint8 images."""
     size, channels, pixels = config.image_size, config.channels, part.items
     require(channels in (1, 3), f"--channels: images have 1 (grey) or 3 (RGB), not {channels}")
     if not isinstance(pixels, torch.Tensor):
@@ -86,7 +86,7 @@ def prepare(part, config, machine, workers=0, crop_scale=CROP_SCALE, further=Non
         bar.close()
     if pixels.shape[1] != channels:
         pixels = v2.functional.rgb_to_grayscale(pixels)
-    return InMemory(pixels, part.labels, part.classes, size, machine.device, further)
+    return InMemory(pixels, part.labels, part.classes, size, machine.device, shift, further)
 
 
 def epoch_order(n, batch_size, seed, epoch):
@@ -124,19 +124,19 @@ def to_pixels(images):
 
 class InMemory:
     """Small images as one uint8 tensor (n, C, H, H) on the device, with labels (n,)."""
-    def __init__(self, pixels, labels, classes, image_size, device, further=None):
+    def __init__(self, pixels, labels, classes, image_size, device, shift=0, further=None):
         self.pixels, self.labels, self.classes = pixels.to(device), labels.to(device), classes
-        self.image_size, self.further, self.device = image_size, further, device
+        self.image_size, self.device, self.shift, self.further = image_size, device, shift, further
 
     def __len__(self):
         return len(self.pixels)
 
     def batches(self, indices, seed=None):
         """Yield (images (B, C, H, H) float32, labels (B,)) for each tensor of indices (B,).
-        With a seed every image is moved by a few pixels, half of them are flipped, and `further` is
+        With a seed every image is moved by up to `shift`, half of them are flipped, and `further` is
         applied in groups. Without, nothing is random."""
         if seed is not None:
-            reach = round(CROP_SHIFT * self.pixels.shape[-1] / 32)
+            reach = round(self.shift * self.pixels.shape[-1] / 32)
             generator = randomness(seed, "crop and flip")
             shift = torch.randint(-reach, reach + 1, (len(self), 2), generator=generator)
             flip = torch.rand(len(self), generator=generator) < 0.5

@@ -17,7 +17,7 @@ RANGES = {  # of numbers: the least value and what they must be below, and the o
     (1, math.inf): "accumulate batch_size block epochs images knn_k limit rows",
     (0, math.inf): "cutmix mixup reinit_blocks trainable_blocks warmup_epochs weight_decay workers",
     (0, 1): "beta2 drop_path erasing hold_out mask_ratio smoothing",
-    (1e-30, math.inf): "blr layer_decay lr", (0, 31): "randaugment", (0, 2**63): "seed",
+    (1e-30, math.inf): "blr layer_decay lr", (0, 31): "randaugment shift", (0, 2**63): "seed",
 }
 
 
@@ -109,6 +109,7 @@ def add_training_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10, or a directory")
     add("--limit", type=int, help="use this many training images")
+    add("--shift", type=int, default=4, help="pixels that images to 64 px move, at 32")
     add("--skip-damaged", action="store_true", help="leave out files that can't be decoded")
     group = parser.add_argument_group("training")
     add, rate = group.add_argument, group.add_mutually_exclusive_group().add_argument

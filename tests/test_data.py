@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 find = partial(data.find, machine=Machine(CPU))
 
 
-def prepare(items, size=32, channels=3, workers=0, **how):
+def prepare(items, size=32, channels=3, workers=0, shift=4, **how):
     """Files or pixels as images of this size, with their numbers as labels."""
     part = folder.Part(items, torch.arange(len(items)), None)
     config = replace(TINY, image_size=size, channels=channels)
-    return data.prepare(part, config, Machine(CPU), workers, **how)
+    return data.prepare(part, config, Machine(CPU), workers, shift, **how)
 
 
 def batch(images, order, seed=None):

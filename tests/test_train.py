@@ -55,7 +55,7 @@ def one_step(accumulate):
     """A step of plain gradient descent with lr 1 through train_epoch, in all processes there are:
     (losses (taps,), {name: the step, which is the gradient})."""
     here = machine.start("cpu", False, 16, accumulate)
-    images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, here.device)
+    images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, here.device, 4)
     torch.manual_seed(0)
     model = DeepMIM(TINY)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -71,7 +71,7 @@ def assert_step_of_the_whole_batch(losses, gradients):
     """They are those of DeepMIM.forward for the same images and noise."""
     torch.manual_seed(0)
     model = DeepMIM(TINY)
-    images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, "cpu")
+    images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, "cpu", 4)
     batch, _ = next(images.batches(data.epoch_order(16, 16, 0, 0), (0, 0)))
     output = model(batch, torch.rand(16, 16, generator=randomness(0, "mask", 0, 0)))
     output.loss.backward()
