@@ -133,7 +133,7 @@ class InMemory:
 
     def batches(self, indices, seed=None):
         """Yield (images (B, C, H, H) float32, labels (B,)) for each tensor of indices (B,).
-        With a seed every image is moved by up to `shift`, half of them are flipped, and `further` is
+        With a seed images move by up to `shift`, half of them are flipped, and `further` is
         applied in groups. Without, nothing is random."""
         if seed is not None:
             reach = round(self.shift * self.pixels.shape[-1] / 32)
