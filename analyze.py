@@ -3,7 +3,7 @@
     python analyze.py cka A.pt [B.pt …]                  # every block with the last
     python analyze.py cross-cka A.pt B.pt --block 8      # A's block 8 with all of B's, and back
     python analyze.py heads A.pt [B.pt …]                # how much heads of a block resemble others
-    python analyze.py reconstruct A.pt [--teacher T.pt]  # original, masked, each decoder's picture
+    python analyze.py reconstruct A.pt [--target hog]    # original, masked, each decoder's picture
     python analyze.py attention A.pt --block 12          # where the class token looks, by head
     python analyze.py curves RUN [RUN …]                 # losses and accuracies of runs, overlaid
 
@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from deepmim import HybridTargets, attention_map
+from deepmim import attention_map
 from support import data, figures, options
 from support.checkpoint import load_frozen
 from support.machine import Machine, find_device
 from support.optimizer import randomness
 from support.options import BadInput, require
 from support.run import make_directory, write_json
+from train import TARGETS, make_targets, settle_target
 
 BATCH = 250  # images at a time; CKA is estimated on such batches
 
@@ -205,13 +206,14 @@ def heads(args, encoders, batches):
 
 @torch.no_grad()
 def reconstruct(args, models, batches):
-    """Images, what is visible, with a teacher hybrid targets, and each decoder's picture.
-    The loss is that of the decoder's own target, PSNR always that of the picture as it is drawn."""
+    """Images, what is visible, targets that are no pixels, and what each decoder predicts.
+    The loss is that of a decoder's own target, PSNR, of pixels only, that of the picture drawn."""
     (model,), device = models.values(), batches[0].device
-    config, targets, losses, errors, drawn = model.config, None, 0.0, 0.0, None
-    if args.teacher:
-        teacher = load_frozen(args.teacher, device, decoders=True, norm_pix=args.norm_pix)
-        targets = options.naming_option(HybridTargets, config, teacher)
+    config, losses, errors, drawn = model.config, 0.0, 0.0, None
+    settle_target(args)
+    targets = make_targets(config, args, device)
+    require(targets.target_dim == config.target_dim, f"--target: {args.models[0]} predicts "
+            f"{config.target_dim or 'pixels'}, {args.target} are {targets.target_dim or 'pixels'}")
     for number, images in enumerate(batches):
         noise = torch.rand(len(images), config.patches, generator=randomness("pictures", number))
         output = model(images, noise.to(device), targets)
@@ -224,10 +226,14 @@ def reconstruct(args, models, batches):
         losses, errors = losses + share * output.losses.cpu(), errors + share * squares.cpu()
     decoders = {}
     for tap, loss, psnr in zip(config.taps, losses.tolist(), (-10 * errors.log10()).tolist()):
-        decoders[str(tap)] = {"loss": loss, "psnr": psnr}
-        drawn[f"block {tap}\n{loss:.3f}, {psnr:.1f} dB"] = drawn.pop(f"after block {tap}")
-    figure = figures.picture_grid(drawn, f"{args.models[0]}: loss and PSNR on hidden patches")
-    return figure, {"teacher": args.teacher, "decoders": decoders}
+        decoders[str(tap)] = {"loss": loss}
+        caption = f"block {tap}\n{loss:.3f}"
+        if not config.target_dim:
+            decoders[str(tap)]["psnr"] = psnr
+            caption += f", {psnr:.1f} dB"
+        drawn[caption] = drawn.pop(f"after block {tap}")
+    figure = figures.picture_grid(drawn, f"{args.models[0]}: loss on hidden patches")
+    return figure, {"target": args.target, "teacher": args.teacher, "decoders": decoders}
 
 
 def attention(args, encoders, batches):
@@ -262,8 +268,8 @@ def curves(args, models, batches):
 IMAGES = "data images device workers heads"
 COMMANDS = {  # with the number of models, and the options
     cka: ("+", f"{IMAGES} tokens"), cross_cka: (2, f"{IMAGES} tokens block"),
-    heads: ("+", IMAGES), reconstruct: (1, f"{IMAGES} rows teacher norm_pix"),
-    attention: (1, f"{IMAGES} rows block"), curves: ("+", ""),
+    heads: ("+", IMAGES), attention: (1, f"{IMAGES} rows block"), curves: ("+", ""),
+    reconstruct: (1, f"{IMAGES} rows target teacher teacher_blocks alphas norm_pix"),
 }
 OPTIONS = {
     "data": dict(default="shapes", help="shapes, cifar10, or a directory"),
@@ -274,7 +280,10 @@ OPTIONS = {
     "tokens": dict(choices=("mean", "cls", "all"), default="mean", help="the features"),
     "block": dict(type=int, help="from 1; else block 8 for cross-cka, the last for attention"),
     "rows": dict(type=int, default=8, help="images to draw"),
-    "teacher": dict(help="model.pt of a pre-trained MAE: shows hybrid targets"),
+    "target": dict(choices=TARGETS, default="pixels", help="as train.py's"),
+    "teacher": dict(help="of hybrid targets or features, as train.py's"),
+    "teacher_blocks": dict(type=int, default=1, help="as train.py's"),
+    "alphas": dict(type=options.number_list, help="as train.py's"),
     "norm_pix": dict(action=BooleanOptionalAction, default=True, help="of MAE's own files"),
 }
 

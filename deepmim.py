@@ -12,10 +12,12 @@ Read from top to bottom. In the shape comments
     H  side of an image, pixels  D  width of the encoder
     P  side of a patch, pixels   d  width of a decoder, or of a head
     T  tokens: a class token, then N or V patches
+    K  numbers that a decoder predicts for a patch: its P·P·C pixels, or features
 
 "MAE's code" is github.com/facebookresearch/mae, "timm" github.com/huggingface/pytorch-image-models.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +51,7 @@ def random_masking(noise, mask_ratio):
 
 
 def take_patches(x, ids):
-    """The patches at ids, each in 0 … N − 1, in that order: (B, N, D), (B, K) → (B, K, D)."""
+    """The patches at ids, each in 0 … N − 1, in that order: (B, N, D), (B, V) → (B, V, D)."""
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
@@ -137,7 +139,7 @@ class Config:
     """The sizes of a model, by default the paper's ViT-B/16. Raises ValueError, "field: the rule".
     Taps are the blocks, counted from 1, that a decoder follows. The last is among them; (12,) is
     MAE. mask_ratio is the share of the patches that is hidden. With norm_pix, targets are patches
-    normalised by their own mean and deviation."""
+    normalised by their own mean and deviation. target_dim is K, None where targets are pixels."""
     image_size: int = 224
     patch_size: int = 16
     channels: int = 3
@@ -150,6 +152,7 @@ class Config:
     taps: tuple[int, ...] = (6, 8, 10, 12)
     mask_ratio: float = 0.75
     norm_pix: bool = True
+    target_dim: int | None = None
 
     def __post_init__(self):
         self.taps = tuple(self.taps)
@@ -257,12 +260,12 @@ class Decoder(nn.Module):
         heads, depth = config.decoder_heads, config.decoder_depth
         self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pred = nn.Linear(dim, config.patch_dim)
+        self.pred = nn.Linear(dim, config.target_dim or config.patch_dim)
         self.apply(init_weights)
 
     def forward(self, tokens, ids_keep, ids_hide):
         """A prediction of each hidden patch, in the order of ids_hide, of any values.
-        tokens (B, 1 + V, D), ids_keep (B, V), ids_hide (B, N − V) → (B, N − V, P·P·C)
+        tokens (B, 1 + V, D), ids_keep (B, V), ids_hide (B, N − V) → (B, N − V, K)
         A learned mask token stands for every hidden patch. A Transformer tells places by their
         positions and not by their order, so the mask tokens just follow the visible ones."""
         batch, hidden = ids_hide.shape
@@ -273,11 +276,12 @@ class Decoder(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         x = self.blocks[-1](x, slice(-hidden, None))                        # (B, N − V, d)
-        return self.pred(self.norm(x))                                      # (B, N − V, P·P·C)
+        return self.pred(self.norm(x))                                      # (B, N − V, K)
 
 
 # ----------------------------------------------------------------------------- targets and loss
-# Targets are called with (images, ids_keep, ids_hide): a list of (B, N − V, P·P·C), one per tap.
+# Targets are called with images (B, C, H, H), ids_keep (B, V) and ids_hide (B, N − V). They return
+# a list with a (B, N − V, K) for each tap. target_dim is K, None where they are pixels.
 
 def patch_statistics(patches):
     """Mean and deviation of each patch, two (B, N, 1), with MAE's 1e-6 against flat patches."""
@@ -287,11 +291,13 @@ def patch_statistics(patches):
 
 class PixelTargets:
     """x: the hidden patches, with norm_pix each of mean 0 and deviation 1 (MAE, section 3)."""
+    target_dim = None
+
     def __init__(self, config):
         self.config = config
 
     def __call__(self, images, ids_keep, ids_hide):
-        """images (B, C, H, H), ids_hide (B, N − V) → taps × (B, N − V, P·P·C)"""
+        """taps × (B, N − V, P·P·C)"""
         x = take_patches(patchify(images, self.config.patch_size), ids_hide)  # (B, N − V, P·P·C)
         if self.config.norm_pix:
             mean, deviation = patch_statistics(x)
@@ -305,8 +311,10 @@ class HybridTargets:
     blurred x̂, which is easier, α = 1 for the image itself. alphas: one in 0 … 1 for each tap but
     the last, by default evenly spaced from 0: (0, 1/3, 2/3). Raises ValueError for others, and for
     a teacher that cuts images in another way or predicts in another space."""
+    target_dim = None
+
     def __init__(self, config, teacher, alphas=None):
-        for field in ("image_size", "patch_size", "channels", "norm_pix"):
+        for field in ("image_size", "patch_size", "channels", "norm_pix", "target_dim"):
             ours, theirs = getattr(config, field), getattr(teacher.config, field)
             if ours != theirs:
                 raise ValueError(f"teacher: {field} is {theirs}, the student's {ours}")
@@ -318,15 +326,69 @@ class HybridTargets:
 
     @torch.no_grad()
     def __call__(self, images, ids_keep, ids_hide):
-        """images (B, C, H, H), ids_keep (B, V), ids_hide (B, N − V) → taps × (B, N − V, P·P·C)"""
+        """taps × (B, N − V, P·P·C)"""
         x = self.pixels(images, ids_keep, ids_hide)[-1]                # (B, N − V, P·P·C)
         tokens = self.teacher.encoder(images, ids_keep)                # (B, 1 + V, D)
         x_hat = self.teacher.decoders[-1](tokens, ids_keep, ids_hide).to(x.dtype)
         return [alpha * x + (1 - alpha) * x_hat for alpha in self.alphas] + [x]
 
 
+class FeatureTargets:
+    """What a frozen encoder makes of the whole image: its patch tokens (paper, CLIP's features).
+    Each token of the encoder's last `blocks` blocks is normalised over its features, by a LayerNorm
+    without weights, and the blocks are averaged (data2vec, Baevski et al. 2022). The encoder is a
+    ViT, or has its `config` and `forward_intermediates`. ValueError where it cuts images into
+    another number of patches, or has fewer blocks."""
+    def __init__(self, config, encoder, blocks=1):
+        for field in ("channels", "patches"):
+            ours, theirs = getattr(config, field), getattr(encoder.config, field)
+            if ours != theirs:
+                raise ValueError(f"teacher: {field} is {theirs}, the student's {ours}")
+        if blocks > encoder.config.depth:
+            raise ValueError(f"teacher_blocks: the teacher has only {encoder.config.depth}")
+        self.config, self.encoder, self.blocks = config, encoder, blocks
+        self.target_dim = encoder.config.dim
+
+    @torch.no_grad()
+    def __call__(self, images, ids_keep, ids_hide):
+        """taps × (B, N − V, K)"""
+        size = self.encoder.config.image_size
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+        features = 0
+        for tokens in self.encoder.forward_intermediates(images)[-self.blocks:]:  # (B, 1 + N, K)
+            features = features + F.layer_norm(tokens[:, 1:].float(), (self.target_dim,))
+        return [take_patches(features / self.blocks, ids_hide)] * len(self.config.taps)
+
+
+class HogTargets:
+    """Histograms of oriented gradients of each patch (Dalal and Triggs 2005; MaskFeat, Wei et al.
+    2022). A patch is a cell, or cells of 8 × 8 pixels. In each cell and channel, pixels vote for
+    one of 9 directions, 20° each, by the length of their gradient. A cell's votes have length 1."""
+    def __init__(self, config):
+        self.config = config
+        self.cell = 8 if config.patch_size % 8 == 0 else config.patch_size
+        self.target_dim = 9 * config.channels * (config.patch_size // self.cell) ** 2
+
+    def __call__(self, images, ids_keep, ids_hide):
+        """taps × (B, N − V, K)"""
+        down, right = torch.zeros_like(images), torch.zeros_like(images)    # (B, C, H, H) each
+        down[:, :, 1:-1] = images[:, :, 2:] - images[:, :, :-2]
+        right[:, :, :, 1:-1] = images[:, :, :, 2:] - images[:, :, :, :-2]
+        length, angle = torch.hypot(down, right), torch.atan2(down, right).remainder(math.pi)
+        direction = (9 * angle / math.pi).int().clamp(max=8)                # 0 … 8, (B, C, H, H)
+        votes = []
+        for n in range(9):
+            votes.append(F.avg_pool2d(length * (direction == n), self.cell))
+        votes = torch.stack(votes, dim=2)                          # (B, C, 9, H / cell, H / cell)
+        votes = votes / (votes.square().sum(dim=2, keepdim=True) + 1e-10).sqrt()
+        side = self.config.patch_size // self.cell
+        patches = rearrange(votes, "b c n (h p) (w q) -> b (h w) (p q c n)", p=side, q=side)
+        return [take_patches(patches, ids_hide)] * len(self.config.taps)
+
+
 def reconstruction_loss(prediction, target):
-    """The mean of squares, of hidden patches only: two (B, N − V, P·P·C) → () (MAE, section 3)."""
+    """The mean of squares, of hidden patches only: two (B, N − V, K) → () (MAE, section 3)."""
     if prediction.shape != target.shape:
         raise ValueError(f"target: {tuple(target.shape)} must be {tuple(prediction.shape)}")
     return F.mse_loss(prediction.to(target.dtype), target)
@@ -337,7 +399,7 @@ class Output(NamedTuple):
     """What DeepMIM returns."""
     loss: torch.Tensor               # (), the sum over taps
     losses: torch.Tensor             # (taps,)
-    predictions: list[torch.Tensor]  # taps × (B, N − V, P·P·C)
+    predictions: list[torch.Tensor]  # taps × (B, N − V, K)
     ids_keep: torch.Tensor           # (B, V)
     ids_hide: torch.Tensor           # (B, N − V)
 

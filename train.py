@@ -6,18 +6,27 @@
     torchrun --nproc_per_node=8 train.py --preset imagenet --data DIR   # ViT-B/16, 224 px
     python train.py --method mae                         # the baseline: one decoder, at the end
     python train.py --teacher runs/mae/model.pt          # hybrid targets
+    python train.py --target features --teacher vit.pt   # features of a frozen encoder; or hog
 
 The same command goes on after an interruption. Writes model.pt, log.jsonl, result.json,
 reconstruction.png and last.pt, which resuming needs, into --out.
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
-from deepmim import SIZES, Config, DeepMIM, HybridTargets, PixelTargets
-from support import checkpoint, data, figures, options
+from deepmim import (
+    SIZES,
+    Config,
+    DeepMIM,
+    FeatureTargets,
+    HogTargets,
+    HybridTargets,
+    PixelTargets,
+)
+from support import checkpoint, data, figures, options, teacher
 from support.machine import distribute, gradients_averaged, start
 from support.optimizer import make_optimizers, make_schedule, randomness, set_lr
 from support.options import require
@@ -34,6 +43,9 @@ PRESETS = {
                      warmup_epochs=40),
 }
 
+TARGETS = {"pixels": PixelTargets, "hog": HogTargets, "hybrid": HybridTargets,
+           "features": FeatureTargets}
+
 
 def parse(argv):
     """The options of the command line."""
@@ -41,29 +53,47 @@ def parse(argv):
     add = parser.add_argument_group("method").add_argument
     add("--preset", choices=PRESETS, default="shapes", help="data, model and recipe together")
     add("--method", choices=("deepmim", "mae"), default="deepmim", help="mae has only the last tap")
-    add("--teacher", help="model.pt of a pre-trained MAE, for hybrid targets")
+    add("--target", choices=TARGETS, default="pixels",
+        help="what decoders are asked for; hybrid with a --teacher")
+    add("--teacher", help="of hybrid targets an MAE's model.pt, of features one, or timm:NAME")
+    add("--teacher-blocks", type=int, default=1, help="average the features of its last blocks")
     add("--alphas", type=options.number_list, help="shares of the image in them, as in 0,1/3,2/3")
     add("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
     options.add_model_options(parser)
     options.add_training_options(parser)
     args = parser.parse(argv, PRESETS)
+    settle_target(args)
     if args.method == "mae":
-        require(not args.teacher, "--teacher: --method mae has no intermediate decoders to ask")
+        require(args.target != "hybrid", "--teacher: --method mae has no intermediate decoders to "
+                "ask; --target features, maybe")
         left_out = args.taps in (Config.taps, (args.depth,))
         require(left_out, "--taps: --method mae has one tap, the last block; leave the option out")
         args.taps = (args.depth,)
-    require(args.teacher or not args.alphas, "--alphas: they need a --teacher")
-    args.out = args.out or f"runs/{args.preset}-{'hybrid' if args.teacher else args.method}"
+    name = args.method if args.target == "pixels" else f"{args.method}-{args.target}"
+    args.out = args.out or f"runs/{args.preset}-{name.removeprefix('deepmim-')}"
     options.check_run(args)
     return args
 
 
-def make_targets(config, teacher_path, alphas, device):
-    """What the decoders are asked for: pixels, or with a teacher hybrid targets."""
-    if not teacher_path:
-        return PixelTargets(config)
-    teacher = checkpoint.load_frozen(teacher_path, device, decoders=True, norm_pix=config.norm_pix)
-    return options.naming_option(HybridTargets, config, teacher, alphas)
+def settle_target(args):
+    """Make pixels with a teacher hybrid targets; BadInput for a teacher too few or too many."""
+    if args.teacher and args.target == "pixels":
+        args.target = "hybrid"
+    needed = args.target in ("hybrid", "features")
+    require(bool(args.teacher) == needed,
+            f"--teacher: --target {args.target} needs {'one' if needed else 'none'}")
+    require(args.target == "hybrid" or not args.alphas, "--alphas: they need a --teacher, an MAE")
+
+
+def make_targets(config, args, device):
+    """What the decoders are asked for. args has target, teacher, teacher_blocks and alphas."""
+    given = []
+    if args.target == "hybrid":
+        mae = checkpoint.load_frozen(args.teacher, device, True, norm_pix=config.norm_pix)
+        given = [mae, args.alphas]
+    elif args.target == "features":
+        given = [teacher.load_encoder(args.teacher, config, device), args.teacher_blocks]
+    return options.naming_option(TARGETS[args.target], config, *given)
 
 
 def train_epoch(model, targets, images, optimizers, scaler, schedule, epoch, config, machine,
@@ -100,13 +130,14 @@ def train_epoch(model, targets, images, optimizers, scaler, schedule, epoch, con
 
 
 @torch.no_grad()
-def draw_reconstructions(model, held_out, config, machine, path, title):
+def draw_reconstructions(model, targets, held_out, config, machine, path, title):
     """Write a picture: held-out images, what is visible, and what each decoder predicts."""
     count = min(8, len(held_out))
     images, _ = next(held_out.batches([torch.arange(count) * (len(held_out) // count)]))
     noise = torch.rand(count, config.patches, generator=randomness("pictures")).to(machine.device)
     with machine.autocast():
-        columns = figures.reconstructions(config, images, model(images, noise))
+        output = model(images, noise, targets)
+    columns = figures.reconstructions(config, images, output, targets)
     figures.save(figures.picture_grid(columns, title), path)
 
 
@@ -115,9 +146,10 @@ def main(argv=None):
     args = parse(argv)
     config = options.config_from(args)
     machine = start(args.device, args.amp, args.batch_size, args.accumulate)
+    targets = make_targets(config, args, machine.device)
+    config = replace(config, target_dim=targets.target_dim)
     torch.manual_seed(args.seed)
     model = DeepMIM(config)
-    targets = make_targets(config, args.teacher, args.alphas, machine.device)
     train, held_out = data.find(args.data, machine, args.limit, skip_damaged=args.skip_damaged,
                                 workers=args.workers, batch_size=args.batch_size)
     images = data.prepare(train, config, machine, args.workers, args.shift)
@@ -133,7 +165,7 @@ def main(argv=None):
         model, args.optimizer, args.weight_decay, args.beta2, machine.dtype)
     scaler = machine.grad_scaler()
     network = distribute(model, machine, args.compile)  # the model, or DDP around it
-    run = Run(args.out, {**vars(args), "targets": type(targets).__name__}, machine, args.resume)
+    run = Run(args.out, vars(args), machine, args.resume)
     for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()
         losses, lr = train_epoch(network, targets, images, optimizers, scaler, schedule, epoch,
@@ -148,7 +180,7 @@ def main(argv=None):
         machine.print(f"{line}  sum {losses.sum():.4f}  {speed:.0f} images/s")
         if machine.is_main_process:  # after what matters is safe
             picture = run.path / "reconstruction.png"
-            draw_reconstructions(model, held_out, config, machine, picture, line)
+            draw_reconstructions(model, targets, held_out, config, machine, picture, line)
 
 
 if __name__ == "__main__":

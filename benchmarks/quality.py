@@ -21,7 +21,7 @@ import torch
 import train
 from analyze import ridge_probe
 from benchmarks import common, peers
-from deepmim import Config, DeepMIM
+from deepmim import DeepMIM
 from support import data, figures, options
 from support.machine import start
 from support.optimizer import make_optimizers, make_schedule, randomness, set_lr
@@ -197,11 +197,11 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", help="names of contestants; default: all")
     args = parser.parse(argv)
     machine = start(args.device)
-    sizes = vars(train.parse(["--preset", "cifar10-nano", "--method", "mae"]))
-    config = Config(**{field.name: sizes[field.name] for field in dataclasses.fields(Config)})
+    preset = train.parse(["--preset", "cifar10-nano", "--method", "mae"])
+    config = options.config_from(preset)
     parts = data.find(args.data, machine, hold_out=0.1)
     images, held_out = (
-        data.prepare(part, config, machine, shift=sizes["shift"]) for part in parts)
+        data.prepare(part, config, machine, shift=preset.shift) for part in parts)
     few = data.prepare(parts[0].split(10000, "quality")[1], config, machine)
     there = ["ours", *peers.available()]
     contestants = {

@@ -26,16 +26,37 @@ def paint(prediction, images, ids_hide, patch_size, norm_pix):
     return unpatchify(patches.scatter(1, places, prediction), patch_size)
 
 
-def reconstructions(config, images, output, targets=None):
-    """{caption: pictures (B, C, H, H)} of normalised images, DeepMIM's output, HybridTargets."""
+def as_colours(features, like):
+    """Features of any meaning as colours: their place on the first three principal components of
+    `like`, where 0 … 1 is the middle 96 % of it. Two (B, n, K) → (B, n, 3)."""
+    flat = like.flatten(0, 1).float()
+    mean = flat.mean(dim=0)
+    _, components = torch.linalg.eigh((flat - mean).T @ (flat - mean))  # by rising variance
+    axes = F.pad(components[:, -3:].flip(1), (0, max(0, 3 - len(mean))))  # (K, 3)
+    edges = torch.tensor([0.02, 0.98], device=flat.device)
+    low, high = ((flat - mean) @ axes).quantile(edges, dim=0)           # two (3,)
+    return (((features.float() - mean) @ axes - low) / (high - low + 1e-6)).clamp(0, 1)
+
+
+def reconstructions(config, images, output, targets):
+    """Pictures of normalised images and of DeepMIM's output: {caption: (B, C, H, H)}.
+    Pixels are painted into the image. Other targets and predictions are shown as_colours of the
+    last tap's target, so that colours can be compared."""
+    ids_hide, wanted = output.ids_hide, targets(images, output.ids_keep, output.ids_hide)
+    hidden = take_patches(patchify(images, config.patch_size), ids_hide)  # (B, N − V, P·P·C)
     def picture(patches, norm_pix=config.norm_pix):
-        return to_pixels(paint(patches, images, output.ids_hide, config.patch_size, norm_pix))
-    grey = torch.zeros_like(output.predictions[0])  # the mean colour
-    columns = {"image": to_pixels(images), "visible": picture(grey, norm_pix=False)}
-    if targets:
-        wanted = targets(images, output.ids_keep, output.ids_hide)
-        for tap, alpha, target in zip(config.taps, targets.alphas, wanted):
-            columns[f"target {tap}\nα = {alpha:.2f}"] = picture(target)
+        if config.target_dim is None:
+            return to_pixels(paint(patches, images, ids_hide, config.patch_size, norm_pix))
+        colours = as_colours(patches, wanted[-1]).repeat(1, 1, config.patch_size**2)
+        grey = torch.full_like(to_pixels(images[:, :1]), 0.5).expand(-1, 3, -1, -1)
+        return paint(colours, grey, ids_hide, config.patch_size, norm_pix=False)
+    visible = paint(torch.zeros_like(hidden), images, ids_hide, config.patch_size, norm_pix=False)
+    columns = {"image": to_pixels(images), "visible": to_pixels(visible)}
+    for tap, target in zip(config.taps, wanted):
+        if target is not wanted[-1]:
+            columns[f"target {tap}"] = picture(target)
+    if config.target_dim:
+        columns["target"] = picture(wanted[-1])
     for tap, prediction in zip(config.taps, output.predictions):
         columns[f"after block {tap}"] = picture(prediction)
     return columns

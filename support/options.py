@@ -13,8 +13,9 @@ import torch.distributed as dist
 from deepmim import Config
 
 BUILT_IN = ("shapes", "cifar10")  # values of --data that are no directory
+MODEL_FIELDS = dataclasses.fields(Config)[:-1]  # the last, target_dim, follows from the targets
 RANGES = {  # of numbers: the least value and what they must be below, and the options
-    (1, math.inf): "accumulate batch_size block epochs images knn_k limit rows",
+    (1, math.inf): "accumulate batch_size block epochs images knn_k limit rows teacher_blocks",
     (0, math.inf): "cutmix mixup reinit_blocks trainable_blocks warmup_epochs weight_decay workers",
     (0, 1): "beta2 drop_path erasing hold_out mask_ratio smoothing",
     (1e-30, math.inf): "blr layer_decay lr", (0, 31): "randaugment shift", (0, 2**63): "seed",
@@ -96,7 +97,7 @@ def number_list(text):
 def add_model_options(parser):
     """Config's fields as options: --image-size, --taps, --norm-pix/--no-norm-pix and so on."""
     group = parser.add_argument_group("model, see Config in deepmim.py")
-    for field in dataclasses.fields(Config):
+    for field in MODEL_FIELDS:
         how = {"type": field.type if field.type in (int, float) else number_list}
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
@@ -148,7 +149,7 @@ def naming_option(make, *args, **kwargs):
 
 def config_from(args):
     """The Config that model options describe."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+    values = {field.name: getattr(args, field.name) for field in MODEL_FIELDS}
     return naming_option(Config, **values)
 
 

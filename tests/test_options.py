@@ -92,7 +92,16 @@ TRAIN = [
     "--teacher MODEL --patch-size 4 → --teacher: patch_size is 2, the student's 4",
     "--teacher MODEL --image-size 16 → --teacher: image_size is 8, the student's 16",
     "--teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
-    "--teacher MODEL --no-norm-pix → --teacher: norm_pix is True, the student's False"]
+    "--teacher MODEL --no-norm-pix → --teacher: norm_pix is True, the student's False",
+    "--target features → --teacher: --target features needs one", "--target hybrid → needs one",
+    "--target hog --teacher MODEL → --teacher: --target hog needs none", "--target clip",
+    "--target features --teacher MODEL --alphas 0,1 → --alphas: they need",
+    "--target features --teacher MODEL --patch-size 4 → --teacher: patches is 16, the student's 4",
+    "--target features --teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
+    "--target features --teacher MODEL --teacher-blocks 4 → --teacher-blocks: the teacher has only",
+    "--target features --teacher MODEL --teacher-blocks 0 → blocks: 0", "--target features --teacher NAN → NaN",
+    "--target features --teacher OTHER → OTHER", "--target features --teacher nowhere.pt → no such",
+    "--teacher TUNED → TUNED: "]
 FINETUNE = [
     "--init MODEL --scratch → not allowed with", "--init MODEL --patch-size 4 → --patch-size",
     "--init MODEL --dim 32 → --dim: MODEL has 16", "--init MODEL --heads 4 → --heads: MODEL has 2",
