@@ -99,7 +99,8 @@ TRAIN = [
     "--target features --teacher MODEL --patch-size 4 → --teacher: patches is 16, the student's 4",
     "--target features --teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
     "--target features --teacher MODEL --teacher-blocks 4 → --teacher-blocks: the teacher has only",
-    "--target features --teacher MODEL --teacher-blocks 0 → blocks: 0", "--target features --teacher NAN → NaN",
+    "--target features --teacher MODEL --teacher-blocks 0 → blocks: 0",
+    "--target features --teacher NAN → NaN", "--target hybrid --method mae --teacher MODEL",
     "--target features --teacher OTHER → OTHER", "--target features --teacher nowhere.pt → no such",
     "--teacher TUNED → TUNED: "]
 FINETUNE = [
