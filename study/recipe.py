@@ -1,11 +1,12 @@
 """How the recipes of the presets were chosen: for MAE, on held-out training images.
 
     python -m study.recipe data/cifar10 muon-6e-3 muon-12e-3   # these arms, ten minutes each
+    python -m study.recipe shapes shapes-batch-32              # of preset shapes, two minutes
     python -m study.recipe data/cifar10 --table                # what was found, as Markdown
 
-A tenth of the training images is held out. Every arm is train.py with other options. All get the
-same amount of computing, ten minutes on two cores: what an image costs beside the first arm is
-measured in turns, and an arm whose images cost more sees fewer. Then the last decoder's loss on
+A tenth of the training images is held out; shapes are drawn anew. Every arm is train.py with other
+options. All get as much computing as the first arm of their preset: what an image costs beside it
+is measured in turns, and an arm whose images cost more sees fewer. Then the last decoder's loss on
 held-out images is measured, and how many of them a linear classifier of frozen mean patch tokens
 gets right, which is fitted on half of the other images. Figures go into study/recipe/ARM.json.
 """
@@ -20,17 +21,20 @@ import train
 from analyze import ridge_probe
 from benchmarks import common, pretrain
 from deepmim import Config, DeepMIM
-from support import checkpoint, data, optimizer, options
+from support import checkpoint, data, optimizer, options, shapes
 from support.machine import start
 from support.optimizer import randomness
 from support.options import require
 from support.run import make_directory, write_json
 
 HERE = Path(__file__).parent / "recipe"
-IMAGES = 296_000  # of the first arm: ten minutes on two cores with bfloat16
 BLOCKS = (6, 8, 12)
-BASE = "--preset cifar10-nano --method mae --optimizer muon --lr 12e-3 --shift 0"
-ARMS = {  # options over BASE, and a constant of support/optimizer.py
+BASES = {  # the first arms: options, and images: ten minutes on two cores with bfloat16, or two
+    "base": ("--preset cifar10-nano --method mae --optimizer muon --lr 12e-3 --shift 0", 296_000),
+    "shapes": ("--preset shapes --method mae --optimizer muon --lr 12e-3 --shift 4 --batch-size 64 "
+               "--decoder-depth 1 --mask-ratio 0.6 --no-norm-pix", 40_000),
+}
+ARMS = {  # options over those of the first arm, and a constant of support/optimizer.py
     "base": "",
     "shift-4": "--shift 4",
     "shift-4-one-rate": "--shift 4 --lr 6e-3 BESIDE_MUON=1",
@@ -52,6 +56,19 @@ ARMS = {  # options over BASE, and a constant of support/optimizer.py
     "decoder-2": "--decoder-depth 2",
     "decoder-96": "--decoder-dim 96 --decoder-heads 3",
     "decoder-32": "--decoder-dim 32 --decoder-heads 1",
+    "shapes": "",
+    "shapes-6e-3": "--lr 6e-3",
+    "shapes-24e-3": "--lr 24e-3",
+    "shapes-batch-32": "--batch-size 32 --lr 8.5e-3",
+    "shapes-batch-128": "--batch-size 128 --lr 17e-3",
+    "shapes-no-shift": "--shift 0",
+    "shapes-norm-pix": "--norm-pix",
+    "shapes-mask-0.5": "--mask-ratio 0.5",
+    "shapes-mask-0.75": "--mask-ratio 0.75",
+    "shapes-decoder-2": "--decoder-depth 2",
+    "shapes-decoder-4": "--decoder-depth 4",
+    "shapes-decay-0.2": "--weight-decay 0.2",
+    "shapes-adamw-2e-3": "--optimizer adamw --lr 2e-3",
 }
 
 
@@ -61,28 +78,38 @@ for seed in range(3):  # how many images each optimizer needs
         f"--epochs 2 --limit 45000 --seed {seed} --optimizer adamw --lr 1e-3")
 
 
+def base_of(arm):
+    """The first arm of an arm's preset."""
+    return "shapes" if arm.startswith("shapes") else "base"
+
+
 def split_arm(arm):
-    """An arm's options over BASE, as words, and its constants, {name: value}."""
-    words = ARMS[arm].split()
+    """All options of an arm, as words, and its constants, {name: value}."""
+    words = [*BASES[base_of(arm)][0].split(), *ARMS[arm].split()]
     return ([word for word in words if "=" not in word],
             dict(word.split("=") for word in words if "=" in word))
 
 
 def held_out_source(name):
-    """Put a source into data.SOURCES: nine tenths of --data's training images, and the others."""
+    """Put a source into data.SOURCES: nine tenths of --data's training images, and the others.
+    Of shapes, pictures that nothing else uses."""
     machine = start("cpu")
-    config = Config(image_size=32, patch_size=4)
-    parts = [data.prepare(part, config, machine, workers=2)
-             for part in data.find(name, machine, hold_out=0.1)]
-    parts = [data.Part(part.pixels, part.labels, part.classes) for part in parts]
+    if name == "shapes":
+        parts = [data.Part(*shapes.make_shapes(n, f"recipe {n}"), list(shapes.FIGURES))
+                 for n in (10_000, 5_000)]
+    else:
+        config = Config(image_size=32, patch_size=4)
+        parts = [data.prepare(part, config, machine, workers=2)
+                 for part in data.find(name, machine, hold_out=0.1)]
+        parts = [data.Part(part.pixels, part.labels, part.classes) for part in parts]
     data.SOURCES["held-out"] = lambda machine: parts
 
 
 def cost(arm, machine):
     """What an image of an arm costs beside one of the first arm, in turns of some steps."""
     ways, count = {}, {}
-    for name in (next(iter(ARMS)), arm):
-        args = train.parse([*BASE.split(), *split_arm(name)[0]])
+    for name in (base_of(arm), arm):
+        args = train.parse(split_arm(name)[0])
         trainee = pretrain.Trainee("ours, MAE", "nano", machine, optimizer=args.optimizer, **{
             key: getattr(args, key)
             for key in ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")})
@@ -90,7 +117,7 @@ def cost(arm, machine):
         count[name] = 512 // args.batch_size
         ways[name] = lambda trainee=trainee, n=count[name], x=images: trainee.steps([x] * n)
     seconds = common.take_turns(ways, 9, machine.device)
-    return common.ratio(seconds[arm], seconds[next(iter(ARMS))])
+    return common.ratio(seconds[arm], seconds[base_of(arm)])
 
 
 @torch.no_grad()
@@ -123,14 +150,14 @@ def judge(model, parts, machine):
 def run(arm, machine):
     """Train an arm and write what came of it."""
     price = cost(arm, machine)
-    n = len(data.SOURCES["held-out"](machine)[0].labels)
-    epochs = math.ceil(IMAGES / price / n)
-    limit = round(IMAGES / price / epochs)
+    n, count = len(data.SOURCES["held-out"](machine)[0].labels), BASES[base_of(arm)][1] / price
+    epochs = math.ceil(count / n)
+    limit = round(count / epochs)
     words, settings = split_arm(arm)
     for name, value in settings.items():
         setattr(optimizer, name, float(value))
-    command = [*BASE.split(), "--data", "held-out", "--epochs", str(epochs), "--limit", str(limit),
-               "--out", f"runs/recipe/{arm}", *words]
+    command = ["--epochs", str(epochs), "--limit", str(limit), *words, "--data", "held-out",
+               "--out", f"runs/recipe/{arm}"]
     args = train.parse(command)
     train.main(command)
     content = checkpoint.read(f"{args.out}/model.pt")
@@ -153,7 +180,8 @@ def main(argv=None):
     if args.table:
         rows = [{"arm": arm, **json.loads((HERE / f"{arm}.json").read_text())}
                 for arm in ARMS if (HERE / f"{arm}.json").exists()]
-        common.table(BASE, rows)
+        for base, (words, _) in BASES.items():
+            common.table(words, [row for row in rows if base_of(row["arm"]) == base])
         return
     require(len(args.arms) < 2 or not any("=" in ARMS[arm] for arm in args.arms),
             "arms: one that changes a constant runs alone")

@@ -39,7 +39,7 @@ FIGURES = {  # of coordinates u, v in radii of the figure: about a distance, bel
 
 
 def make_shapes(n, seed, side=32):
-    """n pictures (n, 3, side, side) uint8 with labels (n,): one of FIGURES each, crossed by a bar.
+    """n pictures (n, 3, side, side) uint8 with labels (n,): one of FIGURES each.
     Colour, place, size, rotation and texture say nothing about the class."""
     generator = randomness("shapes", seed)
     labels = torch.randint(len(FIGURES), (n,), generator=generator)
@@ -66,10 +66,6 @@ def make_shapes(n, seed, side=32):
     inside = (0.5 - distance * radius).clamp(0, 1)[:, None]        # a soft edge, one pixel wide
     colour = (base + draw(0.3, 0.7, 3)).remainder(1) + 0.08 * wave()[:, None]
     image = image + inside * (colour - image)
-    angle = draw(0, 2 * math.pi)
-    across = ((x - middle) * angle.cos() + (y - middle) * angle.sin() - draw(-12, 12)).abs()
-    bar = (draw(0.3, 1.0) + 0.5 - across).clamp(0, 1)[:, None]
-    image = image + bar * (draw(0, 1, 3) - image)
     return image.mul_(255).round_().clamp_(0, 255).to(torch.uint8), labels
 
 

@@ -139,10 +139,9 @@ def test_an_arm_of_the_recipe_sees_what_its_cost_allows(images, tmp_path, monkey
     """Of 18 images 16 are trained on. 60 cost as much as 40 that are half as dear again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recipe, "HERE", tmp_path / "found")
-    monkeypatch.setattr(recipe, "IMAGES", 60)
     monkeypatch.setattr(recipe, "BLOCKS", (1, 3))
-    monkeypatch.setattr(recipe, "BASE", " ".join([
-        "--method mae --batch-size 4 --workers 0 --device cpu", *SIZES, *DECODER[:-2]]))
+    monkeypatch.setitem(recipe.BASES, "base", (" ".join([
+        "--method mae --batch-size 4 --workers 0 --device cpu", *SIZES, *DECODER[:-2]]), 60))
     monkeypatch.setitem(recipe.ARMS, "arm", "--lr 1e-3 BESIDE_MUON=0.5")
     monkeypatch.setattr(recipe, "cost", lambda arm, machine: 1.5)
     monkeypatch.setattr(recipe.optimizer, "BESIDE_MUON", 0.1)  # to be set back
