@@ -42,6 +42,9 @@ def linear_cka(x, y):
 def gram_matrices(features):
     """x xᵀ of each (n, p) in a list, with zero diagonals: (layers, n, n), float64 on the CPU."""
     centred = [x - x.mean(dim=0) for x in features]  # for precision: it changes no HSIC
+    for x, whole in zip(centred, features):
+        if x.norm() <= 1e-5 * whole.norm():  # what is left are rounding errors
+            x.zero_()
     grams = torch.stack([x @ x.T for x in centred]).cpu().double()
     grams.diagonal(dim1=1, dim2=2).zero_()
     return grams
@@ -72,7 +75,7 @@ class CKA:
         self.self_y += torch.cat([unbiased_hsic(gram[None], gram[None])[0] for gram in grams_y])
 
     def value(self):
-        """The matrix (layers of the first, layers of the second)."""
+        """The matrix (layers of the first, layers of the second); NaN where one doesn't vary."""
         return self.cross / (self.self_x[:, None] * self.self_y[None, :]).sqrt()
 
 
@@ -133,6 +136,7 @@ def load_models(args, device):
     for name, path in zip(short_names(args.models), args.models):
         norm_pix = args.norm_pix if whole else True
         models[name] = load_frozen(path, device, whole, getattr(args, "heads", None), norm_pix)
+        print(f"{name}: {models[name].source}")
         first, config = next(iter(models.values())).config, models[name].config
         same = (config.image_size, config.channels) == (first.image_size, first.channels)
         require(same, f"{path}: it sees other images than {args.models[0]}, by size or channels")
@@ -152,7 +156,8 @@ def short_names(paths):
 
 def held_out_batches(args, config, machine):
     """--images random held-out images of --data, normalised: a list of (B, C, H, H)."""
-    part, needed = data.find_held_out(args.data, machine), 4 if "tokens" in args else 1  # for CKA
+    part = data.find_held_out(args.data, machine, value_range=args.value_range)
+    needed = 4 if "tokens" in args else 1  # for CKA
     order = torch.randperm(len(part.labels), generator=randomness("probe"))[: args.images]
     require(len(order) >= needed, f"--images: {args.command} needs {needed}; {args.images} were "
             f"asked for, and {len(part.labels)} are held out in {args.data}")
@@ -161,13 +166,18 @@ def held_out_batches(args, config, machine):
     return [batch for batch, _ in images.batches(chunks)]
 
 
+def lowest_of(matrix):
+    """The lowest number in a matrix, 0 if there are none."""
+    return min(matrix[matrix.isfinite()].tolist(), default=0.0)
+
+
 def cka(args, encoders, batches):
     """CKA of every block with the last, and each model's heat map of all pairs of blocks."""
     matrices = {name: block_cka(vit, vit, batches, args.tokens) for name, vit in encoders.items()}
     last = {name: matrix[:, -1].tolist() for name, matrix in matrices.items()}
     figure, (first, *rest) = figures.panels(1 + len(matrices), f"{args.tokens} tokens, {args.data}")
     figures.lines(first, last, "block", "CKA with the last block")
-    lowest = min(matrix.min().item() for matrix in matrices.values())  # one scale for all
+    lowest = min(lowest_of(matrix) for matrix in matrices.values())  # one scale for all
     numbers = {}
     for axis, (name, matrix) in zip(rest, matrices.items()):
         figures.heat_map(axis, matrix, lowest, name, "block", "block")
@@ -184,7 +194,7 @@ def cross_cka(args, encoders, batches):
               f"{b}, block {block}, with each of {a}": matrix[:, block - 1].tolist()}
     figure, (left, right) = figures.panels(2, f"{args.tokens} tokens, {args.data}", width=5)
     figures.lines(left, curves, "block of the other model", "CKA")
-    figures.heat_map(right, matrix, matrix.min().item(), "", f"block of {b}", f"block of {a}")
+    figures.heat_map(right, matrix, lowest_of(matrix), "", f"block of {b}", f"block of {a}")
     return figure, {"block": block, "rows": a, "columns": b, "matrix": matrix.tolist(),
                     "curves": curves}
 
@@ -211,7 +221,7 @@ def reconstruct(args, models, batches):
     (model,), device = models.values(), batches[0].device
     config, losses, errors, drawn = model.config, 0.0, 0.0, None
     settle_target(args)
-    targets = make_targets(config, args, device)
+    targets = make_targets(config, args, Machine(device))
     require(targets.target_dim == config.target_dim, f"--target: {args.models[0]} predicts "
             f"{config.target_dim or 'pixels'}, {args.target} are {targets.target_dim or 'pixels'}")
     for number, images in enumerate(batches):
@@ -265,7 +275,7 @@ def curves(args, models, batches):
     return figures.training_curves(histories), {"runs": histories}
 
 
-IMAGES = "data images device workers heads"
+IMAGES = "data value_range images device workers heads"
 COMMANDS = {  # with the number of models, and the options
     cka: ("+", f"{IMAGES} tokens"), cross_cka: (2, f"{IMAGES} tokens block"),
     heads: ("+", IMAGES), attention: (1, f"{IMAGES} rows block"), curves: ("+", ""),
@@ -273,6 +283,7 @@ COMMANDS = {  # with the number of models, and the options
 }
 OPTIONS = {
     "data": dict(default="shapes", help="shapes, cifar10, or a directory"),
+    "value_range": dict(type=options.number_list, metavar="LOW,HIGH", help="as train.py's"),
     "images": dict(type=int, default=500, help="held-out images to look at"),
     "device": dict(choices=("cuda", "mps", "cpu"), help="the fastest when not given"),
     "workers": dict(type=int, default=2, help="processes that decode images"),
@@ -312,6 +323,8 @@ def main(argv=None):
         models = load_models(args, machine.device)
         batches = held_out_batches(args, next(iter(models.values())).config, machine)
     figure, numbers = args.function(args, models, batches)
+    if "tokens" in args and "NaN" in json.dumps(numbers):
+        print("CKA is undefined, and left out, where a block gives all images the same features")
     make_directory(args.out)
     table, picture = args.out / f"{args.command}.json", args.out / f"{args.command}.png"
     said = {name: vars(args)[name] for name in ("command", "data", "tokens") if name in args}

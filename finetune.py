@@ -9,7 +9,8 @@
     python finetune.py --init … --reinit-blocks K        # the last K blocks start again at random
     python finetune.py --init … --linear-probe           # frozen encoder, a linear classifier
     python finetune.py --init … --knn                    # frozen encoder, no training at all
-    python finetune.py --eval --init runs/shapes-finetune/model.pt
+    python finetune.py --eval --init runs/shapes-finetune/model.pt         # by class, confusion.png
+    python finetune.py --predict DIR --init runs/shapes-finetune/model.pt  # predictions.csv
 
 The same command goes on after an interruption. Writes model.pt, log.jsonl, curves.png, result.json
 and last.pt into --out. Every epoch is measured on test images, but the last one's counts. To choose
@@ -17,9 +18,13 @@ a recipe, hold out training images: --hold-out 0.1.
 """
 
 import copy
+import csv
+import io
 import json
+import os
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +33,11 @@ from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 
 from deepmim import SIZES, Config, ViT
-from support import checkpoint, data, figures, options
+from support import checkpoint, data, figures, folder, options
 from support.machine import distribute, gradients_averaged, start
 from support.optimizer import make_optimizers, make_schedule, randomness, set_lr
 from support.options import require
-from support.run import Run, check_finite
+from support.run import Run, check_finite, make_directory, what_counts, write, write_json
 
 MAE = dict(epochs=100, batch_size=1024, warmup_epochs=5, beta2=0.999, drop_path=0.1, mixup=0.8,
            cutmix=1.0, erasing=0.25)
@@ -110,7 +115,7 @@ def parse(argv):
     parser = options.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="shapes", help="data and recipe")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
+    add("--init", help="checkpoint whose encoder to start from")
     add("--scratch", action="store_true", help="start from random weights")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--trainable-blocks", type=int, metavar="K", help="train the last K blocks and head only")
@@ -118,6 +123,7 @@ def parse(argv):
     add("--linear-probe", action="store_true", help="train a linear layer on the frozen encoder")
     add("--knn", action="store_true", help="train nothing: nearest neighbours")
     add("--eval", action="store_true", help="train nothing: measure the fine-tuned --init")
+    add("--predict", metavar="DIR", help="train nothing: the classes of images in a folder")
     add = parser.add_argument_group("model, by default --init's or the preset's").add_argument
     for name in MODEL_OPTIONS:
         add(options.option(name), type=int)
@@ -138,19 +144,25 @@ def parse(argv):
     for mode in ("trainable_blocks", "reinit_blocks", "linear_probe", "knn"):
         if getattr(args, mode) not in (None, False):
             name += f"{options.option(mode)[1:]}-{getattr(args, mode)}".removesuffix("-True")
+    if args.eval or args.predict:
+        name = "eval" if args.eval else "predict"
     args.out = args.out or f"runs/{args.preset}-{name}"
     options.check_run(args)
+    one = args.batch_size // args.accumulate // int(os.environ.get("WORLD_SIZE", 1)) < 2
+    require(not (args.linear_probe and one), "--batch-size: a linear probe's batch norm needs 2 "
+            "images or more in each part of a batch")
     return args
 
 
 def start_from(args):
-    """(Config, the encoder's state_dict or None for --scratch) to start from; raises BadInput."""
+    """(Config, checkpoint.Weights or None for --scratch) to start from; raises BadInput."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
     if args.scratch:
         sizes = {"depth": Config.depth, **SIZES[args.size], **given}
-        config, state = options.naming_option(Config, **sizes, taps=(sizes["depth"],)), None
+        config, weights = options.naming_option(Config, **sizes, taps=(sizes["depth"],)), None
     else:
-        config, state = checkpoint.read_encoder(args.init, args.heads)
+        weights = checkpoint.read_model(args.init, args.heads)
+        config = weights.config
         for name, value in given.items():
             holds = name == "image_size" or value == getattr(config, name)
             require(holds, f"{options.option(name)}: {args.init} has {getattr(config, name)}")
@@ -159,19 +171,18 @@ def start_from(args):
     for name in ("trainable_blocks", "reinit_blocks"):
         holds = (getattr(args, name) or 0) <= config.depth
         require(holds, f"{options.option(name)}: the encoder has {config.depth} blocks")
-    return config, state
+    return config, weights
 
 
-def make_classifier(args, config, state, classes, machine):
+def make_classifier(args, config, weights, classes, machine):
     """The Classifier to train, with weights copied and layers frozen as the options say."""
     model = Classifier(config, classes, args.pool, args.linear_probe)
-    if state is not None:
+    if weights:
         at_random = copy.deepcopy(model.encoder.blocks)
-        checkpoint.load_encoder(model.encoder, state, args.init)
+        checkpoint.load_encoder(model.encoder, weights)
         for i in range(config.depth - (args.reinit_blocks or 0), config.depth):
             model.encoder.blocks[i] = at_random[i]
-        left = {name.split(".")[0] for name in state if name not in model.encoder.state_dict()}
-        machine.print(f"encoder of {args.init}; not used: {', '.join(sorted(left)) or 'nothing'}")
+        machine.print(f"encoder of {weights.name}")
     if args.trainable_blocks is not None:
         freeze(model, args.trainable_blocks)
     if args.linear_probe:
@@ -222,20 +233,25 @@ def train_epoch(model, images, optimizers, scaler, schedule, epoch, args, machin
 
 @torch.no_grad()
 def evaluate(model, images, machine):
-    """val_loss, val_accuracy and, from ten classes up, val_top5 on images without augmentation."""
+    """val_loss, val_accuracy and, from ten classes up, val_top5 on images without augmentation.
+    And how many images of each class were taken for which: (classes, classes)."""
     model.eval()
     machine.broadcast_buffers(model)  # of a batch norm, which saw other images in each process
-    totals = torch.zeros(4, device=machine.device)
+    n = len(images.classes)
+    totals, taken_for = (torch.zeros(size, device=machine.device) for size in (2, (n, n)))
     chunks = torch.arange(len(images)).split(EVALUATION_BATCH)[machine.rank :: machine.world]
     for batch, labels in images.batches(chunks):
         with machine.autocast():
             logits = model(batch).float()
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        best = logits.topk(min(5, n)).indices                                   # (B, 5)
         totals[0] += F.cross_entropy(logits, labels, reduction="sum")
-        totals[1:] += torch.stack([best[:, 0].sum(), best.sum(), torch.ones_like(labels).sum()])
-    loss, right, among, count = (machine.all_reduce_mean(totals) * machine.world).tolist()
-    record = {"val_loss": loss / count, "val_accuracy": right / count}
-    return record if len(images.classes) < 10 else {**record, "val_top5": among / count}
+        totals[1] += (best == labels[:, None]).sum()
+        ones = torch.ones(len(labels), device=machine.device)
+        taken_for.index_put_((labels, best[:, 0]), ones, accumulate=True)
+    loss, among = (machine.all_reduce_mean(totals) * machine.world / len(images)).tolist()
+    taken_for = (machine.all_reduce_mean(taken_for) * machine.world).round()
+    record = {"val_loss": loss, "val_accuracy": taken_for.trace().item() / len(images)}
+    return record if n < 10 else {**record, "val_top5": among}, taken_for
 
 
 @torch.no_grad()
@@ -269,21 +285,66 @@ def nearest_neighbours(model, images, held_out, k, machine):
     return (torch.cat(votes).argmax(dim=1) == wanted).float().mean().item()
 
 
-def evaluate_checkpoint(args, machine):
-    """--eval: print loss and accuracy of a fine-tuned model on the held-out images of --data."""
+def load_classifier(args, machine):
+    """(the fine-tuned Classifier of --init, what else its file holds) for --eval and --predict."""
     given = [options.option(name) for name in MODEL_OPTIONS if getattr(args, name) is not None]
-    require(not given, f"--eval: it measures a model as it is; leave {', '.join(given)} out")
+    require(not given, f"--init: {args.init} is taken as it is; leave {', '.join(given)} out")
     content = checkpoint.read(args.init or "")
     holds = isinstance(content, dict) and "classes" in content
-    require(holds, f"--eval: {args.init} has no classifier; finetune.py writes one")
-    config, state = checkpoint.read_model(args.init)
-    classes, part = content["classes"], data.find_held_out(args.data, machine)
+    require(holds, f"--init: {args.init} has no classifier; finetune.py writes one")
+    config, state, _ = checkpoint.read_model(args.init)
+    model = Classifier(config, len(content["classes"]), content["pool"], content["linear_probe"])
+    checkpoint.load_weights(model, state, args.init)
+    return model.to(machine.device).eval(), content
+
+
+def evaluate_checkpoint(args, machine):
+    """--eval: write loss, accuracies and confusions on the held-out images of --data."""
+    model, content = load_classifier(args, machine)
+    classes = content["classes"]
+    part = data.find_held_out(
+        args.data, machine, classes, args.value_range or content.get("value_range"))
     require(part.classes == classes, f"--data: {args.init} knows {', '.join(classes)}, and not "
             f"{', '.join(part.classes or ['images without classes'])}")
-    model = Classifier(config, len(classes), content["pool"], content["linear_probe"])
-    checkpoint.load_weights(model, state, args.init)
-    images = data.prepare(part, config, machine, args.workers)
-    machine.print(json.dumps(evaluate(model.to(machine.device), images, machine)))
+    images = data.prepare(part, model.encoder.config, machine, args.workers)
+    record, taken_for = evaluate(model, images, machine)
+    machine.print(json.dumps(record))
+    if machine.is_main_process:
+        right = (taken_for.diagonal() / taken_for.sum(dim=1)).tolist()
+        make_directory(Path(args.out))
+        write_json(Path(args.out) / "result.json", {
+            **record, "accuracy_by_class": dict(zip(classes, right)), "classes": classes,
+            "confusion": taken_for.int().tolist(), "options": vars(args)})
+        figures.save(figures.confusion(taken_for.cpu(), classes), Path(args.out) / "confusion.png")
+
+
+@torch.no_grad()
+def predict(args, machine):
+    """--predict: write the five likeliest classes of each image of a folder, with probabilities."""
+    model, content = load_classifier(args, machine)
+    part = folder.labelled(Path(args.predict), machine, [])
+    if args.skip_damaged:
+        part = folder.without_damaged(part, machine, args.workers)
+    value_range = args.value_range or content.get("value_range")
+    part = part._replace(value_range=value_range or folder.find_value_range(part.items, machine))
+    images = data.prepare(part, model.encoder.config, machine, args.workers)
+    classes, table, bar = content["classes"], io.StringIO(), machine.progress(len(images), "images")
+    best = min(5, len(classes))
+    lines, files = csv.writer(table), iter(part.items)
+    lines.writerow(["file"] + [f"{word}_{i + 1}" for i in range(best)
+                               for word in ("class", "probability")])
+    for batch, _ in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH)):
+        with machine.autocast():
+            shares, ids = model(batch).float().softmax(dim=1).topk(best)       # two (B, 5)
+        for path, row, numbers in zip(files, shares.tolist(), ids.tolist()):
+            cells = [(classes[number], f"{share:.6f}") for number, share in zip(numbers, row)]
+            lines.writerow([path, *(cell for pair in cells for cell in pair)])
+        bar.update(len(batch))
+    bar.close()
+    make_directory(Path(args.out))
+    path = Path(args.out) / "predictions.csv"
+    write(path, lambda file: file.write(table.getvalue().encode(errors="surrogateescape")))
+    machine.print(str(path))
 
 
 def main(argv=None):
@@ -291,11 +352,12 @@ def main(argv=None):
     args = parse(argv)
     machine = start(args.device, args.amp, args.batch_size, args.accumulate)
     torch.manual_seed(args.seed)
-    if args.eval:
-        return evaluate_checkpoint(args, machine)
-    config, state = start_from(args)
+    if args.eval or args.predict:
+        return (evaluate_checkpoint if args.eval else predict)(args, machine)
+    config, weights = start_from(args)
     train, held_out = data.find(args.data, machine, args.limit, args.hold_out, args.skip_damaged,
-                                args.workers, 1 if args.knn else args.batch_size)
+                                args.workers, 1 if args.knn else args.batch_size,
+                                args.value_range)
     classes, depth = train.classes, config.depth
     require(len(classes or ()) > 1, f"--data: {args.data} has no classes to tell apart; "
             "train/<class>/* is needed, and val/ or test/ beside train/")
@@ -303,8 +365,8 @@ def main(argv=None):
     images = data.prepare(
         train, config, machine, args.workers, args.shift, CROP_SCALE, further)
     held_out = data.prepare(held_out, config, machine, args.workers)
-    model = make_classifier(args, config, state, len(classes), machine)
-    run = Run(args.out, vars(args), machine, args.resume)
+    model = make_classifier(args, config, weights, len(classes), machine)
+    run = Run(args.out, what_counts(args, images), machine, args.resume)
     if args.knn:
         require(args.knn_k <= len(images), f"--knn-k: there are only {len(images)} training images")
         run.open()
@@ -322,16 +384,19 @@ def main(argv=None):
         loss, lr = train_epoch(network, images, optimizers, scaler, schedule, epoch, args, machine)
         seconds = time.perf_counter() - begin
         speed = round(steps * args.batch_size / seconds, 1)
-        record = {"train_loss": loss, **evaluate(model, held_out, machine), "learning_rate": lr,
+        measured, _ = evaluate(model, held_out, machine)
+        record = {"train_loss": loss, **measured, "learning_rate": lr,
                   "images_per_second": speed, "seconds": round(seconds, 2)}
         run.finish_epoch(record, {
             "config": asdict(config), "model": model.state_dict(), "classes": classes,
-            "pool": args.pool, "linear_probe": args.linear_probe})
+            "pool": args.pool, "linear_probe": args.linear_probe,
+            "value_range": train.value_range})
         machine.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation accuracy "
                       f"{record['val_accuracy']:.2%}  {speed:.0f} images/s")
         if machine.is_main_process:  # after what matters is safe
             curves = figures.training_curves({run.path.name: run.history})
             figures.save(curves, run.path / "curves.png")
+            run.show("curves.png")
 
 
 if __name__ == "__main__":

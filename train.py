@@ -30,7 +30,7 @@ from support import checkpoint, data, figures, options, teacher
 from support.machine import distribute, gradients_averaged, start
 from support.optimizer import make_optimizers, make_schedule, randomness, set_lr
 from support.options import require
-from support.run import Run, check_finite
+from support.run import Run, check_finite, what_counts
 
 PRESETS = {
     "shapes": dict(SIZES["nano"], epochs=4, batch_size=32, optimizer="muon", lr=12e-3,
@@ -58,7 +58,7 @@ def parse(argv):
     add("--teacher", help="of hybrid targets an MAE's model.pt, of features one, or timm:NAME")
     add("--teacher-blocks", type=int, default=1, help="average the features of its last blocks")
     add("--alphas", type=options.number_list, help="shares of the image in them, as in 0,1/3,2/3")
-    add("--init", help="checkpoint whose encoder to start from: ours, MAE's or timm's")
+    add("--init", help="checkpoint to start from, its encoder and decoders that fit")
     options.add_model_options(parser)
     options.add_training_options(parser)
     args = parser.parse(argv, PRESETS)
@@ -85,14 +85,17 @@ def settle_target(args):
     require(args.target == "hybrid" or not args.alphas, "--alphas: they need a --teacher, an MAE")
 
 
-def make_targets(config, args, device):
+def make_targets(config, args, machine):
     """What the decoders are asked for. args has target, teacher, teacher_blocks and alphas."""
     given = []
     if args.target == "hybrid":
-        mae = checkpoint.load_frozen(args.teacher, device, True, norm_pix=config.norm_pix)
+        mae = checkpoint.load_frozen(args.teacher, machine.device, True, norm_pix=config.norm_pix)
         given = [mae, args.alphas]
     elif args.target == "features":
-        given = [teacher.load_encoder(args.teacher, config, device), args.teacher_blocks]
+        encoder = teacher.load_encoder(args.teacher, config, machine.device)
+        given = [encoder, args.teacher_blocks]
+    if given:
+        machine.print(f"teacher: {given[0].source}")
     return options.naming_option(TARGETS[args.target], config, *given)
 
 
@@ -146,18 +149,21 @@ def main(argv=None):
     args = parse(argv)
     config = options.config_from(args)
     machine = start(args.device, args.amp, args.batch_size, args.accumulate)
-    targets = make_targets(config, args, machine.device)
+    targets = make_targets(config, args, machine)
     config = replace(config, target_dim=targets.target_dim)
     torch.manual_seed(args.seed)
     model = DeepMIM(config)
     train, held_out = data.find(args.data, machine, args.limit, skip_damaged=args.skip_damaged,
-                                workers=args.workers, batch_size=args.batch_size)
+                                workers=args.workers, batch_size=args.batch_size,
+                                value_range=args.value_range)
     images = data.prepare(train, config, machine, args.workers, args.shift)
     held_out = data.prepare(held_out, config, machine, args.workers)
     if args.init:
-        found, state = checkpoint.read_encoder(args.init, args.heads)
-        require(found.depth == config.depth, f"--depth: {args.init} has {found.depth} blocks")
-        checkpoint.load_weights(model.encoder, state, args.init)
+        weights = checkpoint.read_model(args.init, args.heads)
+        depth = weights.config.depth
+        require(depth == config.depth, f"--depth: {args.init} has {depth} blocks")
+        taps = ", ".join(map(str, checkpoint.load_whole(model, weights))) or "none"
+        machine.print(f"encoder of {weights.name}, and its decoders after blocks: {taps}")
     model.to(machine.device)
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)
@@ -165,7 +171,7 @@ def main(argv=None):
         model, args.optimizer, args.weight_decay, args.beta2, machine.dtype)
     scaler = machine.grad_scaler()
     network = distribute(model, machine, args.compile)  # the model, or DDP around it
-    run = Run(args.out, vars(args), machine, args.resume)
+    run = Run(args.out, what_counts(args, images), machine, args.resume)
     for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()
         losses, lr = train_epoch(network, targets, images, optimizers, scaler, schedule, epoch,
@@ -181,6 +187,7 @@ def main(argv=None):
         if machine.is_main_process:  # after what matters is safe
             picture = run.path / "reconstruction.png"
             draw_reconstructions(model, targets, held_out, config, machine, picture, line)
+            run.show(picture.name)
 
 
 if __name__ == "__main__":

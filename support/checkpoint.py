@@ -1,35 +1,54 @@
-"""Files of weights: ours, MAE's and timm's, read as tensors and plain values only.
+"""Files of weights: ours, MAE's, timm's and Hugging Face's, of tensors and plain values only.
 
 {"config": …, "model": …} is what train.py and finetune.py write, {"model": …} what MAE's code
-writes, and timm's are bare. What can't be used raises BadInput that names the file.
+writes; others are bare. What can't be used raises BadInput that names the file.
+
+    python -m support.checkpoint runs/mae/model.pt mae.safetensors --to hf   # or mae, or timm
 """
 
 import argparse
 import math
+import re
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 from deepmim import Config, DeepMIM, ViT
+from support import names, options
 from support.options import BadInput, require
 
+DECODER_HEADS = 16  # of MAE's models, and Config's default
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width, of MAE's and timm's models
 
 
+class Weights(NamedTuple):
+    """What is in a file."""
+    config: Config
+    state: dict  # with DeepMIM's or Classifier's names
+    name: str    # of the file, and what was guessed
+
+
 def read(path):
-    """What torch.save put into a file, on the CPU, without running any code of the file's."""
+    """What torch.save, or safetensors, put into a file, without running any code of the file's."""
     require(Path(path).is_file(), f"{path or '--init'}: no such file; a model.pt is needed")
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file  # only who opens such a file needs it
+            return load_file(path)
         if zipfile.is_zipfile(path):  # torch.load doesn't look at torch.save's checksums
             with zipfile.ZipFile(path) as archive:
                 require(not archive.testzip(), "a part of it is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's code saves options so
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in torch.load, and say anything
-        reason = str(error) if isinstance(error, BadInput) else type(error).__name__
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds a {code[1]}" if code else type(error).__name__
+        if isinstance(error, (BadInput, ImportError)):
+            reason = str(error)
         raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({reason})") from None
 
 
@@ -42,7 +61,7 @@ def make_config(path, values):
 
 
 def read_model(path, heads=None, norm_pix=True):
-    """(Config, state_dict with DeepMIM's names); foreign files know neither heads nor norm_pix."""
+    """The Weights of a file. Foreign ones know neither heads nor norm_pix."""
     content = read(path)
     state = content
     if isinstance(content, dict):
@@ -50,21 +69,25 @@ def read_model(path, heads=None, norm_pix=True):
     holds = isinstance(state, dict) and state and all(
         isinstance(name, str) and isinstance(state[name], torch.Tensor) for name in state)
     require(holds, f"{path}: not a model; a model.pt of ours or a state_dict is needed")
-    if "config" not in content:
-        state = {name.removeprefix("encoder."): value for name, value in state.items()}
-        config = sizes_of(state, heads, norm_pix, path)
-        state = {("decoders.0." if name.startswith(("mask_token", "decoder_")) else "encoder.")
-                 + name.removeprefix("decoder_"): value for name, value in state.items()}
-    else:
+    name = str(path)
+    if "config" in content:
         config = make_config(path, content["config"])
+    else:
+        found = names.to_maes(state)
+        config = sizes_of(found, heads, norm_pix, path)
+        guesses = [] if heads else [f"{config.heads} heads, as is usual at its width"]
+        if "decoder_pred.weight" in found:
+            guesses.append(f"{config.decoder_heads} heads in its decoder, as MAE's")
+        name += f" (taken to have {' and '.join(guesses)})" if guesses else ""
+        state = {}
+        for key, value in found.items():
+            if key.startswith(("mask_token", "decoder_")):
+                key = "decoders.0." + key.removeprefix("decoder_")
+            elif not key.startswith("decoders."):
+                key = "encoder." + key
+            state[key] = value
     require(heads in (None, config.heads), f"--heads: {path} has {config.heads}, not {heads}")
-    return config, state
-
-
-def read_encoder(path, heads=None):
-    """As read_model, with ViT's names. What else the file holds keeps a name that no ViT has."""
-    config, state = read_model(path, heads)
-    return config, {name.removeprefix("encoder."): value for name, value in state.items()}
+    return Weights(config, state, name)
 
 
 def sizes_of(state, heads, norm_pix, path):
@@ -81,9 +104,11 @@ def sizes_of(state, heads, norm_pix, path):
     require(heads, f"{path}: its heads can't be known from a width of {dim}; say --heads")
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     decoder = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+    decoder_dim = state["mask_token"].shape[-1] if decoder and "mask_token" in state else 512
     return make_config(path, dict(
         image_size=side * patch_size, patch_size=patch_size, channels=channels, dim=dim,
-        depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix, decoder_depth=decoder or 4))
+        depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix, decoder_depth=decoder or 4,
+        decoder_dim=decoder_dim if decoder_dim % DECODER_HEADS == 0 else 512))
 
 
 def load_weights(module, state, path):
@@ -97,12 +122,34 @@ def load_weights(module, state, path):
     module.load_state_dict({name: state[name] for name in own})
 
 
-def load_encoder(encoder, state, path):
-    """Copy read_encoder's state into a ViT, with positions resized to its image size."""
+def load_encoder(encoder, weights):
+    """Copy an encoder's Weights into a ViT, with positions resized to its image size. Weights that
+    only another network would use are refused; a head, decoders and last norms are left out."""
+    state = {name.removeprefix("encoder."): value for name, value in weights.state.items()}
+    own = encoder.state_dict()
+    for name in state:
+        holds = name in own or names.NOT_NEEDED.match(name)
+        require(holds, f"{weights.name}: our ViT has no place for {name}")
     if "pos_embed" in state:
-        positions = resize_positions(state["pos_embed"], encoder.pos_embed.shape[1] - 1)
-        state = {**state, "pos_embed": positions}
-    load_weights(encoder, state, path)
+        state["pos_embed"] = resize_positions(state["pos_embed"], encoder.pos_embed.shape[1] - 1)
+    load_weights(encoder, state, weights.name)
+
+
+def load_whole(model, weights):
+    """Copy Weights into a DeepMIM, an encoder and each decoder that fits: the taps of these."""
+    load_encoder(model.encoder, weights)
+    taken = []
+    for tap, decoder in zip(model.config.taps, model.decoders):
+        if tap not in weights.config.taps:
+            continue
+        prefix = f"decoders.{weights.config.taps.index(tap)}."
+        state = {name.removeprefix(prefix): value for name, value in weights.state.items()}
+        state["pos_embed"] = decoder.pos_embed  # computed, of any size
+        own = decoder.state_dict()
+        if all(name in state and state[name].shape == own[name].shape for name in own):
+            load_weights(decoder, state, weights.name)
+            taken.append(tap)
+    return taken
 
 
 def resize_positions(positions, patches):
@@ -116,10 +163,53 @@ def resize_positions(positions, patches):
 
 
 def load_frozen(path, device="cpu", decoders=False, heads=None, norm_pix=True):
-    """A frozen model of a file: its ViT, or with decoders=True its DeepMIM. Both have a config."""
-    config, state = read_model(path, heads, norm_pix) if decoders else read_encoder(path, heads)
-    model = DeepMIM(config) if decoders else ViT(config)
-    if not decoders and "fc_norm.weight" in state:  # fine-tuned: the norm follows the mean
-        model.norm = torch.nn.Identity()
-    load_weights(model, state, path)
+    """A frozen model of a file: its ViT, or with decoders=True its DeepMIM. Both have a config, and
+    a source, the file's name and what was guessed."""
+    weights = read_model(path, heads, norm_pix)
+    model = DeepMIM(weights.config) if decoders else ViT(weights.config)
+    encoder = model.encoder if decoders else model
+    if not decoders and "fc_norm.weight" in weights.state:  # fine-tuned: the norm follows the mean
+        encoder.norm = torch.nn.Identity()
+    load_encoder(encoder, weights)
+    if decoders:
+        load_weights(model, weights.state, weights.name)
+    model.source = weights.name
     return model.requires_grad_(False).eval().to(device)
+
+
+def exported(path, to):
+    """The weights of a model of ours under the names of timm, of MAE's code, or of Hugging Face."""
+    content, (_, state, _) = read(path), read_model(path)
+    encoder = {name.removeprefix("encoder."): value for name, value in state.items()
+               if not name.startswith("decoders.")}
+    if to == "timm":
+        require("head.1.weight" not in encoder, f"{path}: timm has no batch norm before its head")
+        return encoder
+    taps = content["config"]["taps"] if "config" in content else ()
+    prefix = f"decoders.{len(taps) - 1}."
+    decoder = {name.removeprefix(prefix): value for name, value in state.items()
+               if name.startswith(prefix)}
+    require(decoder, f"{path}: it has no decoder; timm takes the encoder alone")
+    for name, value in decoder.items():
+        encoder[name if name == "mask_token" else f"decoder_{name}"] = value
+    return names.to_hugging_face(encoder) if to == "hf" else {"model": encoder}
+
+
+def main(argv=None):
+    """Write a model of ours as another package's."""
+    parser = options.Parser(description=main.__doc__)
+    parser.add_argument("model", help="model.pt of train.py or, for timm, of finetune.py")
+    parser.add_argument("out", type=Path, help="a file, .pt or .safetensors")
+    parser.add_argument("--to", required=True, choices=("timm", "mae", "hf"), help="whose names")
+    args = parser.parse(argv)
+    content = exported(args.model, args.to)
+    if args.out.suffix == ".safetensors":
+        from safetensors.torch import save_file
+        save_file(content.get("model", content), args.out)
+    else:
+        torch.save(content, args.out)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    options.run(main)

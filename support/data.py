@@ -5,7 +5,6 @@ batches. All others become a Streamed set: files, decoded and augmented by DataL
 an image is cut and flipped depends on the seed, the epoch and its index alone.
 """
 
-import copy
 import itertools
 import math
 from pathlib import Path
@@ -44,14 +43,20 @@ def cifar10(machine, root="data"):
 SOURCES = {"shapes": lambda machine: shapes.make_parts(), "cifar10": cifar10}  # else a directory
 
 
-def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1, batch_size=1):
+def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1, batch_size=1,
+         value_range=None):
     """(the Part to train on, the Part held out) of --data; raises BadInput below batch_size images.
     limit keeps that many training images. hold_out puts this share of them in the place of held-out
     ones, to choose a recipe without test images. Both choose the same images in every run."""
-    train, held_out = SOURCES[name](machine) if name in SOURCES else folder.find(name)
-    if skip_damaged and name not in SOURCES:
-        train = folder.without_damaged(train, machine, workers)
-        held_out = folder.without_damaged(held_out, machine, workers)
+    if name in SOURCES:
+        train, held_out = SOURCES[name](machine)
+    else:
+        train, held_out = folder.find(name, machine)
+        value_range = value_range or folder.find_value_range(train.items, machine)
+        train, held_out = (part._replace(value_range=value_range) for part in (train, held_out))
+        if skip_damaged:
+            train = folder.without_damaged(train, machine, workers)
+            held_out = folder.without_damaged(held_out, machine, workers)
     if hold_out:
         train, held_out = train.split(math.ceil(len(train.labels) * hold_out), "hold out")
     n = len(train.labels)
@@ -62,10 +67,17 @@ def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1,
     return train, held_out
 
 
-def find_held_out(name, machine):
-    """The held-out Part of --data; of a directory without train/, all images."""
-    plain = name and name not in SOURCES and not (Path(name) / "train").is_dir()
-    return folder.labelled(Path(name), []) if plain else find(name, machine)[1]
+def find_held_out(name, machine, classes=None, value_range=None):
+    """The held-out Part of --data. Of a directory without train/ it is val/ or test/ or, if it has
+    neither, all images: of class folders where these are the classes asked for, without labels
+    where none are."""
+    root = Path(name)
+    if not name or name in SOURCES or (root / "train").is_dir():
+        return find(name, machine, value_range=value_range)[1]
+    beside = [root / part for part in ("val", "test") if (root / part).is_dir()]
+    part = folder.labelled((beside or [root])[0], machine, classes or [])
+    value_range = value_range or folder.find_value_range(part.items, machine)
+    return part._replace(value_range=value_range)
 
 
 def prepare(part, config, machine, workers=0, shift=0, crop_scale=CROP_SCALE, further=None):
@@ -172,35 +184,53 @@ def in_groups(transform, images, *key):
         return torch.cat([transform(group) for group in images.split(GROUP)])
 
 
-class Streamed(Dataset):
-    """Image files, decoded by `workers` processes as they are needed."""
-    def __init__(self, part, image_size, channels, device, workers, crop_scale, further):
-        self.part, self.classes, self.channels = part, part.classes, channels
-        self.device, self.workers, self.seed = device, workers, None
+class Files(Dataset):
+    """Image files, decoded and augmented: by (index, seed) uint8 (C, H, H) and a label."""
+    def __init__(self, part, image_size, channels, crop_scale, further):
+        self.part, self.channels = part, channels
         crop = v2.RandomResizedCrop(image_size, crop_scale, interpolation=BICUBIC)
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), further or v2.Identity()])
         resized = image_size if image_size <= SMALL_IMAGE else round(image_size * 256 / 224)
         self.view = v2.Compose([v2.Resize(resized, BICUBIC), v2.CenterCrop(image_size)])
 
+    def __getitem__(self, key):
+        index, seed = key
+        part = self.part
+        image = folder.read_image(part.items[index], self.channels, part.value_range)
+        transform = self.view if seed is None else self.augment
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global one
+            seed = randomness(seed, "transform", index).initial_seed()
+            torch.default_generator.manual_seed(seed)
+            return transform(v2.functional.pil_to_tensor(image)), part.labels[index]
+
+
+class Keys:
+    """The batches of Files' keys that a DataLoader asks for next."""
+    def __init__(self):
+        self.indices, self.seed = [], None
+
+    def __iter__(self):
+        for ids in self.indices:
+            yield [(index, self.seed) for index in ids.tolist()]
+
+
+class Streamed:
+    """Image files, decoded as they are needed by `workers` processes that live as long as it."""
+    def __init__(self, part, image_size, channels, device, workers, crop_scale, further):
+        self.part, self.classes, self.device, self.keys = part, part.classes, device, Keys()
+        files = Files(part, image_size, channels, crop_scale, further)
+        self.loader = DataLoader(
+            files, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda", generator=torch.Generator())
+
     def __len__(self):
         return len(self.part.items)
 
-    def __getitem__(self, index):
-        image = folder.read_image(self.part.items[index], self.channels)
-        transform = self.view if self.seed is None else self.augment
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global one
-            seed = randomness(self.seed, "transform", index).initial_seed()
-            torch.default_generator.manual_seed(seed)
-            return transform(v2.functional.pil_to_tensor(image)), self.part.labels[index]
-
     def raw_batches(self, indices, seed=None):
         """As batches, but uint8 and on the CPU."""
-        files, batches = copy.copy(self), [ids.tolist() for ids in indices]  # not to disturb others
-        files.seed = seed
-        loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers,
-                            pin_memory=self.device.type == "cuda", generator=torch.Generator())
+        self.keys.indices, self.keys.seed = list(indices), seed
         try:
-            yield from loader
+            yield from self.loader
         except BadInput as error:  # from a worker, its message is the last line of a traceback
             raise BadInput(str(error).strip().splitlines()[-1].split("BadInput: ")[-1]) from None
 

@@ -77,16 +77,21 @@ def picture_grid(columns, title):
     for axis, (caption, pictures) in zip(axes, columns.items()):
         strip = make_grid(pictures.float().cpu(), nrow=1, padding=gap, pad_value=1.0)  # (3, …, …)
         axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(caption, fontsize=9)
+        axis.set_title(plain(caption), fontsize=9)
         axis.axis("off")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
     return figure
+
+
+def plain(text):
+    """Text in which matplotlib finds no mathematics, and that a legend doesn't leave out."""
+    return (" " + text if text.startswith("_") else text).replace("$", r"\$")
 
 
 def panels(count, title, width=4.2):
     """A figure with `count` panels side by side, and a list of them."""
     figure = Figure(figsize=(width * count, 3.4), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -97,9 +102,9 @@ def lines(axis, series, xlabel, ylabel):
     """Draw {name: values at 1, 2, …, or (xs, values)}, told apart by colour, mark and dashes."""
     for i, (name, ys) in enumerate(series.items()):
         xs, ys = ys if isinstance(ys, tuple) else (range(1, len(ys) + 1), ys)
-        axis.plot(xs, ys, label=name, color=COLOURS[i % 7], marker=MARKERS[i % 7], markersize=4,
-                  linestyle=DASHES[i % 4])
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.plot(xs, ys, label=plain(name), color=COLOURS[i % 7], linestyle=DASHES[i % 4],
+                  marker=MARKERS[i % 7], markersize=4)
+    axis.set(xlabel=plain(xlabel), ylabel=ylabel)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8, frameon=False)
 
@@ -108,11 +113,27 @@ def heat_map(axis, matrix, lowest, title, xlabel, ylabel):
     """Draw a matrix of similarities from `lowest` to 1, blocks counted from 1, from below."""
     extent = (0.5, matrix.shape[1] + 0.5, 0.5, matrix.shape[0] + 0.5)
     image = axis.imshow(matrix.numpy(), origin="lower", extent=extent, vmin=lowest, vmax=1)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.set_title(title, fontsize=9)
+    axis.set(xlabel=plain(xlabel), ylabel=plain(ylabel))
+    axis.set_title(plain(title), fontsize=9)
     for line in (axis.xaxis, axis.yaxis):
         line.set_major_locator(MaxNLocator(integer=True))
     axis.figure.colorbar(image, ax=axis, shrink=0.85, label="CKA")
+
+
+def confusion(taken_for, classes):
+    """A figure of how many images of each class (row) were taken for which: (n, n), of names."""
+    side = max(4, min(12, 0.35 * len(classes)))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    shares = taken_for / taken_for.sum(dim=1, keepdim=True).clamp(min=1)
+    image = axis.imshow(shares.numpy(), vmin=0, vmax=1)
+    axis.set(xlabel="taken for", ylabel="class")
+    if len(classes) <= 40:  # more can't be read
+        names = [plain(name) for name in classes]
+        axis.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(classes)), names, fontsize=8)
+    figure.colorbar(image, ax=axis, shrink=0.85, label="share of the class")
+    return figure
 
 
 def training_curves(histories):

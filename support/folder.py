@@ -1,18 +1,25 @@
 """A directory to paths and labels, and a file to pixels."""
 
 import math
+import os
+import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from PIL import Image, ImageOps
 
 from support.optimizer import randomness
 from support.options import BadInput, require
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # for EPS, Pillow starts Ghostscript
+# For other formats, such as EPS, Pillow starts programs.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+LOOKED_AT = 200  # files of a data set, to find the range of values of deep images
 
 
 class Part(NamedTuple):
@@ -20,12 +27,13 @@ class Part(NamedTuple):
     items: list | torch.Tensor  # n paths, or uint8 (n, C, H, H)
     labels: torch.Tensor        # (n,), −1 where there are none
     classes: list | None        # their names, None where there are none
+    value_range: tuple | None = None  # of deep images, see read_image
 
     def take(self, ids):
         """The images at ids, a tensor of indices."""
         tensor = isinstance(self.items, torch.Tensor)
         items = self.items[ids] if tensor else [self.items[i] for i in ids.tolist()]
-        return Part(items, self.labels[ids], self.classes)
+        return self._replace(items=items, labels=self.labels[ids])
 
     def split(self, count, key):
         """(all but `count` images that chance and the key choose, these images), both in order."""
@@ -33,57 +41,132 @@ class Part(NamedTuple):
         return self.take(order[count:].sort().values), self.take(order[:count].sort().values)
 
 
-def find(root):
+def walk(directory):
+    """(sorted paths of images, a Counter of the suffixes of other files) below a directory.
+    Links are followed, to each folder once. Names that begin with a dot are passed over."""
+    paths, others = [], Counter()
+    seen = {str(above) for above in Path(os.path.realpath(directory)).parents}
+    for place, folders, files in os.walk(directory, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
+        for name in () if real in seen else sorted(files):
+            suffix = Path(name).suffix.lower()
+            if suffix in SUFFIXES and not name.startswith("."):
+                paths.append((place, name))
+            elif not name.startswith("."):
+                others[suffix or "no suffix"] += 1
+        seen.add(real)
+    return [os.path.join(*path) for path in sorted(paths)], others
+
+
+def find(root, machine):
     """(the Part to train on, the Part held out) of a directory. Raises BadInput.
     root/train/<class>/* with root/val or root/test beside it has labels. A root without train/, or
     without class folders in it, has none; one image in twenty is held out if neither is there."""
     holds, train, beside = root and Path(root).is_dir(), Path(root) / "train", []
     require(holds, f"--data: {str(root)!r} is neither shapes, cifar10, nor a directory")
     if train.is_dir():
-        part = labelled(train)
+        part = labelled(train, machine)
         beside = [train.with_name(n) for n in ("val", "test") if train.with_name(n).is_dir()]
-        stray = [str(path) for path in train.iterdir() if path.suffix.lower() in IMG_EXTENSIONS]
-        require(not (part.classes and stray), f"--data: {stray[:1]} lies beside class folders")
         require(beside or not part.classes, f"--data: {root} has train/, neither val/ nor test/")
     else:
-        part = labelled(Path(root), [])
+        part = labelled(Path(root), machine, [])
     if beside:
-        return part, labelled(beside[0], part.classes or [])
+        return part, labelled(beside[0], machine, part.classes or [])
     n = len(part.items)
     require(n > 1, f"--data: {part.items[0]} is alone; 2 images are needed, one to hold out")
     return part.split(math.ceil(n / 20), "held out")
 
 
-def labelled(directory, classes=None):
-    """The Part of directory/<class>/*, of these classes if given; of all below it without any."""
+def class_folders(directory):
+    """The names of the folders in a directory, sorted; BadInput where it can't be read."""
     try:
-        found = sorted(path.name for path in directory.iterdir() if path.is_dir())
-        classes = found if classes is None else classes
-        differ = sorted(set(classes) ^ set(found)) if classes else ()
-        require(not differ, f"--data: {directory} must have the classes of the training images; "
-                f"these are in one only: {', '.join(differ)}")
-        numbers = {name: label for label, name in enumerate(classes)} or {"": -1}
-        samples = make_dataset(str(directory), numbers, IMG_EXTENSIONS, allow_empty=not classes)
-    except OSError as error:  # also where a class has no images
+        return sorted(path.name for path in directory.iterdir()
+                      if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
         raise BadInput(f"--data: {directory} can't be used ({error})") from None
-    require(samples, f"--data: no images in {directory}; .jpg or .png files are needed, or "
-            "train/<class>/ with them")
-    paths, labels = zip(*samples)
-    return Part(list(paths), torch.tensor(labels), classes or None)
 
 
-def read_image(path, channels):
-    """A file as a Pillow image of 1 or 3 channels: grey, palette, CMYK, RGBA or 16 bits before."""
+def labelled(directory, machine, classes=None):
+    """The Part of directory/<class>/*, of these classes if given; of all below it without any.
+    Says how many images there are, and how many files were not taken."""
+    found = class_folders(directory)
+    classes = found if classes is None else classes
+    differ = sorted(set(classes) ^ set(found)) if classes else ()
+    require(not differ, f"--data: {directory} must have the classes of the training images; "
+            f"these are in one only: {', '.join(differ)}")
+    stray = [path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES]
+    require(not (classes and stray), f"--data: {stray[:1]} lies beside class folders")
+    paths, labels, others = [], [], Counter()
+    for label, name in enumerate(classes) if classes else [(-1, "")]:
+        more, passed_over = walk(directory / name)
+        require(more, f"--data: no images in {directory / name}; .jpg or .png files are needed, or "
+                "train/<class>/ with them")
+        paths, labels, others = paths + more, labels + [label] * len(more), others + passed_over
+    left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+    machine.print(f"{directory}: {len(paths)} images" + (f"; not taken: {left}" if left else ""))
+    return Part(paths, torch.tensor(labels), classes or None)
+
+
+def read_head(path):
+    """A file as a Pillow image whose pixels are not read yet."""
+    with warnings.catch_warnings():  # a photo of 100 million pixels is a photo
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path, formats=FORMATS)
+
+
+def open_image(path):
+    """A file as a Pillow image that stands upright; raises BadInput."""
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = read_head(path)
         image.load()
+        return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not an image that can be read ({error}); repair or remove it, or "
                        "use --skip-damaged") from None
-    if image.mode.startswith("I"):  # Pillow's own conversion cuts 16-bit values off at 255
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+
+
+def is_deep(image):
+    """Whether an image has more than 8 bits a value: whole numbers to 32 bits, or floats."""
+    return image.mode[0] in "IF"
+
+
+def find_value_range(paths, machine):
+    """(the lowest, the highest) value of deep images of a data set, or None. It looks at LOOKED_AT
+    files, evenly spread, and says what it found."""
+    low, high = math.inf, -math.inf
+    step = max(1, len(paths) // LOOKED_AT)
+    for path in paths[::step]:
+        try:
+            image = read_head(path)
+            values = np.asarray(image, dtype=float) if is_deep(image) else np.zeros(0)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue  # reading it for training will say so
+        values = values[np.isfinite(values)]
+        if len(values):
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if low == math.inf:
+        return None
+    machine.print(f"values of {low:g} become black, of {high:g} white, as in {len(paths[::step])} "
+                  f"of {len(paths)} files; --value-range {low:g},{high:g} says so for other images")
+    return low, high
+
+
+def read_image(path, channels, value_range=None):
+    """A file as a Pillow image of 1 or 3 channels: grey, palette, CMYK, LAB, RGBA … before.
+    Values of more than 8 bits are scaled by value_range, (black, white); others stay as they are.
+    """
+    image = open_image(path)
+    if is_deep(image):
+        require(value_range, f"{path}: it has more than 8 bits a value; say --value-range LOW,HIGH")
+        low, high = value_range
+        values = np.nan_to_num(np.asarray(image, dtype=float), nan=low)
+        share = (values - low) / max(high - low, 1e-30)
+        image = Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")  # the only way from some modes to grey
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)  # which would copy it
 
@@ -92,7 +175,7 @@ def without_damaged(part, machine, workers):
     """The Part without the files that can't be decoded, which are named and counted."""
     def readable(path):
         try:
-            return read_image(path, 3) is not None
+            return open_image(path) is not None
         except BadInput:
             return False
     bad, good, bar = [], [], machine.progress(len(part.items), "looking for damage")

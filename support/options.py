@@ -111,6 +111,8 @@ def add_training_options(parser):
     add("--data", default="shapes", help="shapes, cifar10, or a directory")
     add("--limit", type=int, help="use this many training images")
     add("--shift", type=int, default=4, help="pixels that images to 64 px move, at 32")
+    add("--value-range", type=number_list, metavar="LOW,HIGH",
+        help="black and white in images of more than 8 bits; else found in them")
     add("--skip-damaged", action="store_true", help="leave out files that can't be decoded")
     group = parser.add_argument_group("training")
     add, rate = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -130,6 +132,7 @@ def add_training_options(parser):
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
     add("--compile", action="store_true", help="compile the model: a slow start, faster steps")
     add("--accumulate", type=int, default=1, help="compute a batch in this many parts: less memory")
+    add("--log", choices=("tensorboard",), help="write the log there too")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on, or overwrite")
 
 
@@ -154,7 +157,11 @@ def config_from(args):
 
 
 def check_run(args):
-    """Raise BadInput where warm-up takes all epochs, or the run would lie among its own images."""
+    """Raise BadInput where warm-up takes all epochs, a range is none, or the run would lie among
+    its own images."""
     require((args.warmup_epochs or 0) < args.epochs, "--warmup-epochs: it must be below --epochs")
+    ends = args.value_range
+    require(ends is None or len(ends) == 2 and ends[0] < ends[1],
+            "--value-range: two numbers are needed, of black and of white: 0,65535")
     inside = Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
     require(args.data in ("", *BUILT_IN) or not inside, f"--out: {args.out} lies in --data")

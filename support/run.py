@@ -1,11 +1,14 @@
 """A run's directory: files that are written whole or not at all, resuming, and the log."""
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import torch
+import torchvision
+from torchvision.io import ImageReadMode
 
 from support import checkpoint
 from support.options import BadInput, RunFailed, option, require
@@ -15,7 +18,9 @@ try:
 except ImportError:  # Windows has no such locks; nothing then keeps a second process out
     fcntl = None
 
-MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset")  # when a run goes on
+# Options that may change when a run goes on. Files are compared by what is in them.
+MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset", "log", "data", "init",
+              "teacher")
 ADVICE = "what was saved before is intact; try a lower --lr, a longer --warmup-epochs or --no-amp"
 
 
@@ -37,7 +42,8 @@ def write(path, save):
 
 
 def write_json(path, value):
-    """A value as a JSON file."""
+    """A value as a JSON file, with null for NaN and infinity, which JSON doesn't have."""
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
     write(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
@@ -56,15 +62,28 @@ def check_finite(losses, epoch, names):
                         f"{losses[step, column].item()}; {ADVICE}")
 
 
+def digest(path):
+    """What tells a file from others, wherever it lies; None for no file."""
+    known = path and Path(path).is_file()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if known else path
+
+
+def what_counts(args, images):
+    """A run's options, and what they stand for: the images, and the files that it starts from."""
+    known = {"number of images": len(images), "classes": images.classes}
+    for name in ("init", "teacher"):
+        known[f"content of {name}"] = digest(getattr(args, name, None))
+    return {**vars(args), **known}
+
+
 class Run:
-    """The directory of a run, of options, a dict; other options are refused, but for MAY_CHANGE.
+    """The directory of a run, of what_counts; other options are refused, but for MAY_CHANGE.
     last.pt is written last in an epoch and holds all that the next one needs, the log included. So
     a run that was killed loses at most the epoch in progress, and repeats it to the same weights. A
     lock keeps a second process out while the first lives."""
     def __init__(self, path, options, machine, resume=True):
-        self.path, self.machine, self.resume = Path(path), machine, resume
-        self.options = {name: value for name, value in options.items() if name not in MAY_CHANGE}
-        self.history, self.state, self.lock = [], None, None
+        self.path, self.machine, self.resume, self.options = Path(path), machine, resume, options
+        self.history, self.state, self.lock, self.writer = [], None, None, None
         if not (self.resume and (self.path / "last.pt").exists()):
             return
         remedy = "use another --out, or --no-resume to overwrite it"
@@ -75,9 +94,12 @@ class Run:
         holds = isinstance(self.state, dict) and {"options", "history"} <= self.state.keys()
         require(holds, f"{self.path / 'last.pt'}: not of a run of this script; {remedy}")
         before, differ, self.history = self.state["options"], [], self.state["history"]
-        for name in sorted(before.keys() | self.options.keys()):
+        for name in sorted((before.keys() | self.options.keys()) - set(MAY_CHANGE)):
             if before.get(name) != self.options.get(name):
-                differ.append(f"{option(name)} was {before.get(name)}, is {self.options.get(name)}")
+                said = option(name) if " " not in name and name != "classes" else f"the {name}"
+                differ.append(f"{said} was {before.get(name)}, is {self.options.get(name)}")
+        if len(differ) == 1 and differ[0].startswith("--epochs"):
+            remedy = f"to train longer, --init {self.path / 'model.pt'} and another --out"
         require(not differ, f"--out: {self.path} holds a run with other options "
                 f"({'; '.join(differ)}); {remedy}")
 
@@ -85,6 +107,11 @@ class Run:
         """Make and lock the directory; without resuming, free it of the run before."""
         if not self.machine.is_main_process:
             return
+        if self.options.get("log"):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise BadInput("--log tensorboard: pip install tensorboard") from None
         make_directory(self.path)
         try:
             self.lock = open(self.path / "lock", "w")
@@ -96,6 +123,8 @@ class Run:
             raise BadInput(f"--out: {self.path} can't be used; {reason}") from None
         for name in () if self.resume else ("last.pt", "result.json", "log.jsonl"):
             (self.path / name).unlink(missing_ok=True)
+        if self.options.get("log"):
+            self.writer = SummaryWriter(self.path, purge_step=len(self.history) + 1)
 
     def epochs(self, total, model, optimizers, scaler):
         """Yield the epochs left of `total`, from 0, with all as it was where the run stopped."""
@@ -137,7 +166,20 @@ class Run:
         if len(self.history) == self.total:
             seconds = round(sum(line["seconds"] for line in self.history), 2)
             self.write_result({**record, "seconds": seconds})
-        state = {"options": self.options, "history": self.history, "model": model.state_dict(),
-                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                 "scaler": scaler.state_dict()}
+        state = {**content, "options": self.options, "history": self.history,
+                 "model": model.state_dict(), "scaler": scaler.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(self.path / "last.pt", lambda file: torch.save(state, file))
+
+    def show(self, name):
+        """With --log tensorboard: the last epoch's numbers, and the picture OUT/name."""
+        if not self.writer:
+            return
+        record = self.history[-1]
+        losses = {f"loss after block {tap}": loss for tap, loss in record.get("losses", {}).items()}
+        for key, value in {**record, **losses}.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(key, value, record["epoch"])
+        picture = torchvision.io.read_image(str(self.path / name), ImageReadMode.RGB)
+        self.writer.add_image(name, picture, record["epoch"])
+        self.writer.flush()

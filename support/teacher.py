@@ -42,6 +42,7 @@ class TimmEncoder(nn.Module):
             self.register_buffer(key, torch.tensor(wanted[key])[:, None, None])  # (C, 1, 1)
         channels, size, _ = wanted["input_size"]
         widths = [x.shape[1] for x in self.grids(torch.zeros(1, channels, size, size))]
+        self.source = f"timm's {name}"
         self.side = config.image_size // config.patch_size
         self.config = SimpleNamespace(
             image_size=size, channels=channels, patches=config.patches, dim=widths[-1],

@@ -306,3 +306,38 @@ def test_shipped_checkpoints_paint_what_they_have_never_seen(name, taps):
     noise = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
     assert model.config.taps == taps and path.stat().st_size < 6e6
     assert model(images, noise).losses.max() < 0.8
+
+
+def test_equal_images_leave_gaps_and_a_line_and_no_nan(call, place, tmp_path, capsys):
+    write_images(place / "equal", np.full((20, 8, 8, 3), 90, dtype=np.uint8))
+    for command, key in (("cka deep.pt", "models"), ("cross-cka deep.pt mae.pt", "matrix")):
+        found = call(command, images="equal")
+        matrix = found[key] if key == "matrix" else found[key]["deep"]["matrix"]
+        assert matrix == [[None] * 3] * 3
+        assert "CKA is undefined, and left out" in capsys.readouterr().out
+    text = (tmp_path / "out" / "cka.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    call("cka deep.pt")
+    assert "undefined" not in capsys.readouterr().out
+
+
+def test_the_source_of_a_model_is_told_with_what_was_guessed(call, place, capsys):
+    call("heads bare.pt deep.pt --heads 2")
+    assert f"bare: {place}/bare.pt\n" in capsys.readouterr().out
+
+
+def test_reconstruct_shows_other_targets_than_pixels(call, place):
+    torch.manual_seed(0)
+    for name, dim in (("hog", 27), ("features", 16)):
+        model = DeepMIM(Config(**TINY, target_dim=dim))
+        content = {"config": vars(model.config), "model": model.state_dict()}
+        torch.save(content, place / f"{name}.pt")
+    hog = call("reconstruct hog.pt --target hog")
+    features = call("reconstruct features.pt --target features --teacher deep.pt")
+    for found in (hog, features):
+        assert all(0 < tap["loss"] < 5 and "psnr" not in tap for tap in found["decoders"].values())
+    for words, line in (("predicts 27, pixels are pixels", "reconstruct hog.pt"),
+                        ("predicts pixels, hog are 27", "reconstruct deep.pt --target hog"),
+                        ("features needs one", "reconstruct features.pt --target features")):
+        with pytest.raises(BadInput, match=words):
+            call(line)

@@ -94,7 +94,7 @@ def test_an_epoch_is_the_same_to_the_byte_with_any_number_of_workers(tmp_path, s
         images = prepare(files, side, workers=workers, crop_scale=(0.5, 0.6))
         epochs.append(torch.cat([part for part, _ in images.batches(order, (0, seed))]))
     assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2])
-    assert side == 32 or images.augment.transforms[0].scale == (0.5, 0.6)
+    assert side == 32 or images.loader.dataset.augment.transforms[0].scale == (0.5, 0.6)
     first = v2.functional.pil_to_tensor(Image.open(files[0]))
     whole = v2.functional.resize(first, side + 2 * edge, data.BICUBIC)  # 72 · 256 / 224
     centre = whole[None, :, edge:edge + side, edge:edge + side]
@@ -185,3 +185,19 @@ def test_cifar10_in_place_is_read(monkeypatch):
     for part in find("cifar10"):
         assert part.items.shape == (2, 3, 32, 32) and part.items[0, :, 0, 1].tolist() == [3, 4, 5]
         assert part.labels.tolist() == [1, 0] and part.classes == ["cat", "dog"]
+
+
+def test_workers_live_from_epoch_to_epoch(tmp_path):
+    """The same processes, whose images depend on the seed and not on what they did before."""
+    for i in range(20):
+        write_noise(tmp_path / f"{i}.png", 90)
+    images = prepare(find(tmp_path)[0].items, 72, workers=1)
+    order, epochs, workers = data.epoch_order(19, 5, 0, 0), [], []
+    for seed in ((0, 0), (0, 1), (0, 0)):
+        epochs.append(torch.cat([batch for batch, _ in images.batches(order, seed)]))
+        workers.append([process.pid for process in images.loader._iterator._workers])
+    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+    assert workers[0] == workers[1] == workers[2]
+    next(images.batches(order, (0, 0)))  # left off in the middle
+    again = torch.cat([batch for batch, _ in images.batches(order, (0, 1))])
+    assert torch.equal(again, epochs[1])

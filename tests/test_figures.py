@@ -54,3 +54,22 @@ assert dict.__eq__(matplotlib.rcParams, before)  # == would look for a back end
 assert "matplotlib.pyplot" not in sys.modules"""
     here = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], cwd=here, check=True)
+
+
+def test_names_are_shown_as_they_are():
+    """Matplotlib leaves labels that begin with _ out of legends, and reads $…$ as mathematics."""
+    names = {"_base": [1, 2], "a $x_1$ b": [2, 3], "$5": [3, 4], "a_b^c": [1, 3]}
+    figure, (axis,) = figures.panels(1, "run_$1$, $2")
+    figures.lines(axis, names, "block $x$", "value")
+    figure.canvas.draw()
+    shown = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert [text.strip().replace(r"\$", "$") for text in shown] == list(names)
+    for text in [*axis.get_legend().get_texts(), axis.xaxis.label, figure._suptitle]:
+        assert text._preprocess_math(text.get_text())[1] is False
+
+
+def test_confusion_shows_shares_of_each_class():
+    figure = figures.confusion(torch.tensor([[3.0, 1.0], [0.0, 0.0]]), ["_cat", "d$o$g"])
+    axis = figure.axes[0]
+    assert axis.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert [label.get_text().strip() for label in axis.get_yticklabels()] == ["_cat", r"d\$o\$g"]

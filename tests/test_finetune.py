@@ -1,9 +1,12 @@
 """finetune.py: the classifier, what is frozen and decays, measuring, where to start from."""
 
+import csv
 import json
 import math
+import shutil
 from unittest.mock import MagicMock, Mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,14 +84,18 @@ def test_evaluate_counts_best_and_five_best(monkeypatch, classes):
         expected["val_top5"] = sum(rank < 5 for rank in ranks) / 40
     images = MagicMock(classes=range(classes), __len__=lambda self: 40)
     images.batches = lambda chunks: ((logits[ids], labels[ids]) for ids in chunks)
-    record = finetune.evaluate(torch.nn.Identity(), images, CPU)
+    record, taken_for = finetune.evaluate(torch.nn.Identity(), images, CPU)
     assert record == pytest.approx(expected, rel=1e-5)
+    for wanted in range(classes):
+        for given in range(classes):
+            count = ((labels == wanted) & (logits.argmax(dim=1) == given)).sum().item()
+            assert taken_for[wanted, given] == count
 
 
 def test_nearest_neighbours_are_those_of_the_whole_matrix(call, images, pretrained, tmp_path):
     call("finetune", "--init", pretrained, "--knn", "--knn-k", 5, "--no-amp", "--out", tmp_path)
     model = classifier()
-    checkpoint.load_encoder(model.encoder, checkpoint.read_encoder(pretrained)[1], pretrained)
+    checkpoint.load_encoder(model.encoder, checkpoint.read_model(pretrained))
     parts = [data.prepare(part, TINY, CPU) for part in data.find(str(images), CPU)]
     (near, labels), (far, wanted) = (next(p.batches([torch.arange(len(p))])) for p in parts)
     near, far = model.features(near).detach(), model.features(far).detach()
@@ -120,13 +127,14 @@ def test_a_run_learns_and_eval_gives_its_result(call, pretrained, tmp_path, caps
     assert 0 < result["val_accuracy"] < 1  # a figure that a mistake would change
     for batch_size in (6, 5):
         capsys.readouterr()
-        call("finetune", "--eval", "--init", tmp_path / "model.pt", "--batch-size", batch_size)
-        assert json.loads(capsys.readouterr().out).items() <= result.items()
+        call("finetune", "--eval", "--init", tmp_path / "model.pt", "--batch-size", batch_size,
+             "--out", tmp_path / "eval")
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]).items() <= result.items()
 
 
 def test_the_held_out_images_are_not_read_with_hold_out(call, pretrained, tmp_path, monkeypatch):
     seen, read = [], folder.read_image
-    monkeypatch.setattr(folder, "read_image", lambda path, n: seen.append(path) or read(path, n))
+    monkeypatch.setattr(folder, "read_image", lambda path, *n: seen.append(path) or read(path, *n))
     call("finetune", "--init", pretrained, "--hold-out", 0.2, "--epochs", 1, "--out", tmp_path)
     assert len(seen) == len(set(seen)) == 18 and not [path for path in seen if "/val/" in path]
 
@@ -180,3 +188,62 @@ def test_timms_encoders_are_loaded_whole(refused, tmp_path, at_the_start, wrap):
     del state["blocks.1.mlp.fc2.bias"]
     torch.save(wrap(state), tmp_path / "them.pth")
     refused("finetune", "blocks.1.mlp.fc2.bias is missing", "--init", tmp_path / "them.pth")
+
+
+def test_eval_writes_accuracy_by_class_and_confusions(call, images, pretrained, tmp_path):
+    call("finetune", "--init", pretrained, "--lr", 3e-3, "--out", tmp_path / "run")
+    tuned = tmp_path / "run" / "model.pt"
+    results = []
+    shutil.copytree(images / "val", tmp_path / "alone" / "test")  # no train/ beside it
+    for place in (images, tmp_path / "alone", tmp_path / "alone" / "test"):
+        call("finetune", "--data", place, "--eval", "--init", tuned, "--out", tmp_path / "eval",
+             draw=True)
+        results.append(json.loads((tmp_path / "eval" / "result.json").read_text()))
+        assert Image.open(tmp_path / "eval" / "confusion.png").size[0] > 200
+    for result in results:
+        result.pop("options")
+    assert results[0] == results[1] == results[2]
+    confusion = results[0]["confusion"]
+    assert [sum(row) for row in confusion] == [6, 6] and results[0]["classes"] == ["cat", "dog"]
+    assert results[0]["val_accuracy"] == pytest.approx((confusion[0][0] + confusion[1][1]) / 12)
+    assert results[0]["accuracy_by_class"] == pytest.approx(
+        {"cat": confusion[0][0] / 6, "dog": confusion[1][1] / 6})
+
+
+def test_predict_gives_the_numbers_of_eval(call, images, pretrained, tmp_path):
+    call("finetune", "--init", pretrained, "--lr", 3e-3, "--out", tmp_path / "run")
+    tuned = tmp_path / "run" / "model.pt"
+    call("finetune", "--eval", "--init", tuned, "--out", tmp_path / "eval")
+    accuracy = json.loads((tmp_path / "eval" / "result.json").read_text())["val_accuracy"]
+    call("finetune", "--predict", images / "val", "--init", tuned, "--out", tmp_path)
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["file", "class_1", "probability_1", "class_2", "probability_2"]
+    assert len(rows) == 12 == len({row["file"] for row in rows})
+    right = sum(f"/{row['class_1']}/" in row["file"] for row in rows)
+    assert right / 12 == pytest.approx(accuracy)
+    for row in rows:
+        first, second = float(row["probability_1"]), float(row["probability_2"])
+        assert first >= second and first + second == pytest.approx(1, abs=1e-5)
+
+
+def test_deep_images_are_measured_with_the_range_of_training(call, pretrained, tmp_path):
+    values = np.random.default_rng(0).uniform(0, 1, (24, 8, 8)).astype(np.float32)
+    values[:12] /= 2
+    for i, image in enumerate(values):
+        folder = tmp_path / "deep" / ("val" if i % 12 > 8 else "train") / ("ab"[i // 12])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.tif")
+    call("finetune", "--data", tmp_path / "deep", "--init", pretrained, "--out", tmp_path / "run")
+    tuned = tmp_path / "run" / "model.pt"
+    low, high = torch.load(tuned, weights_only=True)["value_range"]
+    assert 0 <= low < 0.1 and 0.9 < high <= 1
+    results = []
+    for place in ("deep", "deep/val/a"):  # whose own range would be another one
+        call("finetune", "--data", tmp_path / "deep", "--predict", tmp_path / place,
+             "--init", tuned, "--out", tmp_path / "out")
+        with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+            results.append({row.pop("file"): row for row in csv.DictReader(file)})
+    assert len(results[1]) == 3
+    for file, row in results[1].items():
+        assert row == results[0][file]

@@ -83,7 +83,7 @@ TRAIN = [
     "--alphas 0,2 --teacher MODEL → in 0 to 1", "--alphas 0,nan --teacher MODEL",
     "--alphas 0,1/0 --teacher MODEL", "--alphas 1e400,0 --teacher MODEL",
     "--teacher nowhere.pt → nowhere.pt: no such file", "--teacher FILE → FILE: not a checkpoint",
-    "--teacher OTHER → OTHER", "--teacher NAN → NAN: encoder.cls_token holds NaN",
+    "--teacher OTHER → OTHER", "--teacher NAN → NAN: cls_token holds NaN",
     "--teacher MODEL --method mae", "--method mae --taps 1,3 → --taps: --method mae has one tap",
     "--mask-ratio 0", "--mask-ratio 1", "--mask-ratio -0.5", "--mask-ratio 0.99",
     "--decoder-heads 3 → --decoder-dim: 8 must be divisible by decoder_heads", "--decoder-depth 0",
@@ -110,11 +110,13 @@ FINETUNE = [
     "--trainable-blocks 4", "--trainable-blocks -1", "--reinit-blocks 4", "--reinit-blocks -1",
     "--trainable-blocks 1 --linear-probe → not allowed with", "--knn-k 0", "--erasing often",
     "--knn --knn-k 99 → --knn-k: there are only",
-    "--init MODEL --eval → MODEL has no classifier", "--eval → --eval: ",
+    "--init MODEL --eval → MODEL has no classifier", "--eval → --init: --scratch",
     "--init TUNED --eval → TUNED: encoder.cls_token holds NaN", "--init FILE --eval → not a check",
     "--hold-out 1", "--pool max", "--erasing 1", "--randaugment 31", "--mixup -1",
     "--layer-decay 0", "--drop-path 1", "--smoothing 1", "--classes 3", "--taps 3",
-    "--init TUNED --eval --data DATA/val → knows cat, dog",
+    "--init TUNED --eval --data DATA/val/cat → must have the classes", "--eval --predict DATA",
+    "--init TUNED --predict nowhere → nowhere can't be used", "--init MODEL --predict DATA → no cl",
+    "--linear-probe --batch-size 1 → --batch-size: a linear probe's batch norm",
     "--data DATA/train/cat → has no classes", "--data ONE --batch-size 1 → has no classes"]
 ROWS = {"train": BOTH + TRAIN, "finetune": BOTH + FINETUNE}
 

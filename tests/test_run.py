@@ -166,3 +166,50 @@ def test_a_loss_that_is_no_number_stops_the_run(call, tmp_path, monkeypatch, scr
         call(script, "--out", tmp_path)
     assert len(calls) == 5 and len(log(tmp_path)) == 1
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def test_a_run_goes_on_where_data_and_files_moved_not_with_others(call, images, pretrained,
+                                                                      tmp_path, monkeypatch):
+    """What counts is what is in them, not how a path is spelled."""
+    for name, source in (("moved", images), ("other", images)):
+        shutil.copytree(source, tmp_path / name)
+    (tmp_path / "other" / "train" / "cat" / "0.png").unlink()
+    shutil.copy(pretrained, tmp_path / "copy.pt")
+    start = ["train", "--norm-pix", "--out", tmp_path / "run"]
+    with stopped_before(2):
+        call(*start, "--teacher", pretrained, "--data", images)
+    for more, words in ((["--data", tmp_path / "other"], "the number of images was 18, is 17"),
+                        (["--teacher", tmp_path / "new.pt"], "the content of teacher was")):
+        content = torch.load(pretrained, weights_only=True)
+        content["model"]["encoder.cls_token"] += 1
+        torch.save(content, tmp_path / "new.pt")
+        with pytest.raises(BadInput, match=words):
+            call(*start, "--teacher", pretrained, "--data", images, *more)
+    monkeypatch.chdir(tmp_path)
+    call(*start, "--teacher", "copy.pt", "--data", "./moved/../moved")
+    assert len(log(tmp_path / "run")) == 2
+
+
+def test_more_epochs_than_a_run_had_are_told_how_to_train_on(call, tmp_path):
+    call("train", "--out", tmp_path)
+    with pytest.raises(BadInput, match="--epochs was 2, is 3.*; to train longer, --init .*model"):
+        call("train", "--out", tmp_path, "--epochs", 3)
+
+
+def test_tensorboard_gets_the_log_and_the_picture(call, tmp_path, monkeypatch):
+    """Of a stand-in where the package isn't there; of tensorboard itself where it is."""
+    said = Mock()
+    module = Mock(SummaryWriter=Mock(return_value=said))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    call("train", "--out", tmp_path / "run", "--log", "tensorboard", draw=True)
+    scalars = {(name, step): value for name, value, step in
+               [given.args for given in said.add_scalar.call_args_list]}
+    for line in log(tmp_path / "run"):
+        assert scalars["loss", line["epoch"]] == line["loss"]
+        assert scalars["loss after block 2", line["epoch"]] == line["losses"]["2"]
+    name, picture, step = said.add_image.call_args.args
+    assert name == "reconstruction.png" and picture.shape[0] == 3 and step == 2
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match="--log tensorboard: pip install tensorboard"):
+        call("train", "--out", tmp_path / "none", "--log", "tensorboard")
+    assert not (tmp_path / "none").exists()

@@ -42,13 +42,12 @@ def test_mae_is_one_tap_and_teaches_hybrid_targets(call, tmp_path):
     assert "encoder.norm.bias" in differing(tmp_path / "plain", tmp_path / "2")
 
 
-def test_init_starts_from_that_encoder(call, pretrained, tmp_path):
+def test_init_starts_from_that_model(call, pretrained, tmp_path):
     call("train", "--init", pretrained, "--epochs", 1, "--lr", 1e-30, "--out", tmp_path / "run")
     given, found = weights(pretrained), weights(tmp_path / "run")
     for name in given:
-        if name.startswith("encoder."):
+        if "decoders" not in name or "pos_embed" not in name:  # decoders' positions are computed
             torch.testing.assert_close(given[name], found[name])
-    assert not torch.allclose(given["decoders.0.pred.weight"], found["decoders.0.pred.weight"])
 
 
 def one_step(accumulate):
