@@ -145,6 +145,7 @@ def parse(argv):
         if getattr(args, mode) not in (None, False):
             name += f"{options.option(mode)[1:]}-{getattr(args, mode)}".removesuffix("-True")
     if args.eval or args.predict:
+        require(args.init, "--init: --eval and --predict need one, a model.pt of finetune.py")
         name = "eval" if args.eval else "predict"
     args.out = args.out or f"runs/{args.preset}-{name}"
     options.check_run(args)
@@ -289,7 +290,7 @@ def load_classifier(args, machine):
     """(the fine-tuned Classifier of --init, what else its file holds) for --eval and --predict."""
     given = [options.option(name) for name in MODEL_OPTIONS if getattr(args, name) is not None]
     require(not given, f"--init: {args.init} is taken as it is; leave {', '.join(given)} out")
-    content = checkpoint.read(args.init or "")
+    content = checkpoint.read(args.init)
     holds = isinstance(content, dict) and "classes" in content
     require(holds, f"--init: {args.init} has no classifier; finetune.py writes one")
     config, state, _ = checkpoint.read_model(args.init)

@@ -13,16 +13,14 @@ import analyze
 import finetune
 import train
 from course import handout
-from deepmim import Config, DeepMIM
-from support import data
-from support.checkpoint import load_frozen
+from support import checkpoint, data
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path.relative_to(HERE).as_posix() for path in (
     HERE / "README.md", *HERE.glob("*/README.md"), *HERE.glob("course/*.md"))]
 MAINS = {"train.py": train.main, "finetune.py": finetune.main, "analyze.py": analyze.main,
-         "-m course.handout": handout.main}
+         "-m course.handout": handout.main, "-m support.checkpoint": checkpoint.main}
 COMMAND = re.compile(r"(?:python|torchrun (?:--[\w=-]+ )+)\s*"
                      r"((?:train|finetune|analyze)\.py|-m [a-z]+\.\w+)([^#`|\n]*)")
 ENCODER = ["--dim", "16", "--heads", "2"]
@@ -52,15 +50,6 @@ def smallest(script, arguments):
     return []
 
 
-def as_of_mae(model):
-    """The weights of a DeepMIM with one tap under the names of MAE's code."""
-    state = {}
-    for name, value in model.state_dict().items():
-        name = name.replace("encoder.", "").replace("decoders.0.mask_token", "mask_token")
-        state[name.replace("decoders.0.", "decoder_")] = value
-    return {"model": state}
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory in which what the documents name by a placeholder lies under that name."""
@@ -76,9 +65,6 @@ def place(tmp_path_factory):
     (path / "DIR").symlink_to(path / "data/cifar10")
     (path / "study").mkdir()
     (path / "study/checkpoints").symlink_to(HERE / "study/checkpoints")
-    large = dict(dim=192, heads=3, depth=2, taps=(2,))  # 192 is the narrowest whose heads are known
-    mae = as_of_mae(DeepMIM(Config(**large, decoder_depth=1)))
-    torch.save(mae, path / "mae_visualize_vit_base.pth")
     return path
 
 
@@ -96,8 +82,10 @@ def run(place, monkeypatch):
     return lambda script, arguments: MAINS[script]([*arguments, *smallest(script, arguments)])
 
 
-@pytest.mark.parametrize("document", ["README.md", "course/TUTORIAL.md"])
+@pytest.mark.parametrize("document", ["README.md", "support/README.md", "course/TUTORIAL.md"])
 def test_every_command_works(run, document):
+    if document == "support/README.md":
+        pytest.importorskip("safetensors")
     found = [command for command in commands(document) if command[0] in MAINS]
     assert len(found) > 1
     for script, arguments in found:
@@ -106,30 +94,16 @@ def test_every_command_works(run, document):
             run(script, arguments)
 
 
-SNIPPETS = [snippet for document in ("README.md", "support/README.md")
-            for snippet in re.findall(r"```python\n(.*?)```", text_of(document), re.DOTALL)]
-
-
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_every_snippet_works(run, monkeypatch, snippet):
-    """Those that move weights to packages that the project doesn't need run where these are."""
-    for name in re.findall(r"^(?:from|import) (\w+)", snippet, re.MULTILINE):
-        pytest.importorskip(name)
+def test_the_snippet_of_a_target_works_in_the_model_and_in_a_run(run, monkeypatch):
+    """As README says: a class in deepmim.py and a line in train.py's TARGETS."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
     names = {}
     exec(snippet, names)
-    if "vit" in names:
-        images, vit = torch.randn(2, 3, 32, 32), names["vit"].eval()
-        with torch.no_grad():
-            if hasattr(vit, "forward_features"):
-                theirs = vit.forward_features(images)
-            else:
-                theirs = vit(images, noise=torch.arange(64.0).expand(2, 64)).last_hidden_state
-            ours = load_frozen("runs/shapes-deepmim/model.pt")(images)
-        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
-    elif "mae" in names:
-        assert names["mae"].config.dim == 192 and not names["mae"].config.norm_pix
-    else:
-        assert names["output"].losses.shape == (4,)
+    assert names["output"].losses.shape == (4,)
+    monkeypatch.setitem(train.TARGETS, "edges", names["EdgeTargets"])
+    run("train.py", ["--target", "edges", "--out", "runs/edges"])
+    assert Path("runs/edges/reconstruction.png").exists()
+    run("analyze.py", ["reconstruct", "runs/edges/model.pt", "--target", "edges"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

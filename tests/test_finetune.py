@@ -18,6 +18,7 @@ from deepmim import Config, ViT
 from support import checkpoint, data, folder
 from support.machine import Machine
 from support.optimizer import Muon, make_optimizers, set_lr
+from support.options import BadInput
 
 CPU = Machine(torch.device("cpu"))
 NOISE = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -193,6 +194,11 @@ def test_timms_encoders_are_loaded_whole(refused, tmp_path, at_the_start, wrap):
 def test_eval_writes_accuracy_by_class_and_confusions(call, images, pretrained, tmp_path):
     call("finetune", "--init", pretrained, "--lr", 3e-3, "--out", tmp_path / "run")
     tuned = tmp_path / "run" / "model.pt"
+    for place, mode, words in (("val/cat", ["--eval"], "must have the classes"),
+                               ("nowhere", ["--eval"], "nowhere can't be used"),
+                               ("", ["--predict", tmp_path / "nowhere"], "nowhere can't be used")):
+        with pytest.raises(BadInput, match=words):
+            call("finetune", "--data", images / place, *mode, "--init", tuned, "--out", tmp_path)
     results = []
     shutil.copytree(images / "val", tmp_path / "alone" / "test")  # no train/ beside it
     for place in (images, tmp_path / "alone", tmp_path / "alone" / "test"):

@@ -110,12 +110,11 @@ FINETUNE = [
     "--trainable-blocks 4", "--trainable-blocks -1", "--reinit-blocks 4", "--reinit-blocks -1",
     "--trainable-blocks 1 --linear-probe → not allowed with", "--knn-k 0", "--erasing often",
     "--knn --knn-k 99 → --knn-k: there are only",
-    "--init MODEL --eval → MODEL has no classifier", "--eval → --init: --scratch",
+    "--init MODEL --eval → MODEL has no classifier", "--eval → --init: --eval and --predict",
     "--init TUNED --eval → TUNED: encoder.cls_token holds NaN", "--init FILE --eval → not a check",
     "--hold-out 1", "--pool max", "--erasing 1", "--randaugment 31", "--mixup -1",
     "--layer-decay 0", "--drop-path 1", "--smoothing 1", "--classes 3", "--taps 3",
-    "--init TUNED --eval --data DATA/val/cat → must have the classes", "--eval --predict DATA",
-    "--init TUNED --predict nowhere → nowhere can't be used", "--init MODEL --predict DATA → no cl",
+    "--eval --predict DATA → not allowed with", "--init MODEL --predict DATA → no classifier",
     "--linear-probe --batch-size 1 → --batch-size: a linear probe's batch norm",
     "--data DATA/train/cat → has no classes", "--data ONE --batch-size 1 → has no classes"]
 ROWS = {"train": BOTH + TRAIN, "finetune": BOTH + FINETUNE}

@@ -140,7 +140,7 @@ def test_runs_learn_other_targets(call, pretrained, tmp_path, how):
         how += ["--taps", 3]
     before = pretrained.read_bytes()
     call("train", *how, "--out", tmp_path / "run", draw=True)
-    config, _ = checkpoint.read_model(tmp_path / "run" / "model.pt")
+    config = checkpoint.read_model(tmp_path / "run" / "model.pt").config
     assert config.target_dim == {"hog": 27, "features": 16}[how[1]]
     assert weights(tmp_path / "run")["decoders.0.pred.weight"].shape[0] == config.target_dim
     assert pretrained.read_bytes() == before
