@@ -3,6 +3,7 @@
     python analyze.py cka A.pt [B.pt …]                  # every block with the last
     python analyze.py cross-cka A.pt B.pt --block 8      # A's block 8 with all of B's, and back
     python analyze.py heads A.pt [B.pt …]                # how much heads of a block resemble others
+    python analyze.py blocks A.pt [B.pt …]               # a linear probe of every block
     python analyze.py reconstruct A.pt [--target hog]    # original, masked, each decoder's picture
     python analyze.py attention A.pt --block 12          # where the class token looks, by head
     python analyze.py curves RUN [RUN …]                 # losses and accuracies of runs, overlaid
@@ -13,6 +14,7 @@ without train/, all of them. They are in float32, and unmasked but for reconstru
 """
 
 import json
+import re
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from support.run import make_directory, write_json
 from train import TARGETS, make_targets, settle_target
 
 BATCH = 250  # images at a time; CKA is estimated on such batches
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of a linear probe's penalty, to choose from
 
 # ------------------------------------------------------------------------------------- measures
 def linear_cka(x, y):
@@ -89,6 +92,23 @@ def ridge_probe(x, labels, queries, strength):
     gram = x.T @ x / len(x) + strength * torch.eye(x.shape[1], device=x.device)
     weights = torch.linalg.solve(gram, x.T @ wanted / len(x))        # (D, classes)
     return (queries @ weights + wanted.mean(dim=0)).argmax(dim=1)
+
+
+def best_probe(x, labels, queries):
+    """ridge_probe with the strength of STRENGTHS that is right most often on a fifth of x, which is
+    to be in random order, when fitted on the rest: (classes of the queries (Q,), strength)."""
+    n = len(x) * 4 // 5
+    right = [(ridge_probe(x[:n], labels[:n], x[n:], strength) == labels[n:]).sum().item()
+             for strength in STRENGTHS]
+    strength = STRENGTHS[right.index(max(right))]
+    return ridge_probe(x, labels, queries, strength), strength
+
+
+def paired_difference(first, second):
+    """How much oftener the first of two is right on the same images, (n,) each, and the standard
+    error of that, which is smaller than that of either accuracy where both err alike (McNemar)."""
+    difference = first.double() - second.double()
+    return difference.mean().item(), difference.std().item() / len(difference) ** 0.5
 
 
 def head_similarity(x):
@@ -215,6 +235,52 @@ def heads(args, encoders, batches):
 
 
 @torch.no_grad()
+def labelled_features(encoder, images, tokens):
+    """Each block's features of all images, and their labels: depth × (n, p), (n,)."""
+    rows = [(block_features(encoder, batch, tokens), labels)
+            for batch, labels in images.batches(torch.arange(len(images)).split(BATCH))]
+    features = [torch.cat(block) for block in zip(*(x for x, _ in rows))]
+    return features, torch.cat([labels for _, labels in rows])
+
+
+def blocks(args, encoders, batches):
+    """Accuracy of a linear probe of every block, fitted on training images, on held-out ones.
+    With --seeds, models whose names differ in a last number only are one line, with a band."""
+    machine, config = Machine(find_device(args.device)), next(iter(encoders.values())).config
+    parts = data.find(args.data, machine, value_range=args.value_range)
+    require(parts[0].classes and parts[1].classes, f"--data: {args.data} has no classes to tell")
+    sets = []
+    for part, count in zip(parts, (args.train_images, args.images)):
+        order = torch.randperm(len(part.labels), generator=randomness("blocks"))[:count]
+        sets.append(data.prepare(part.take(order), config, machine, args.workers))
+    numbers, right = {}, {}
+    for name, encoder in encoders.items():
+        xs, labels = labelled_features(encoder, sets[0], args.tokens)
+        queries, wanted = labelled_features(encoder, sets[1], args.tokens)
+        found = [best_probe(x, labels, asked) for x, asked in zip(xs, queries)]
+        right[name] = [classes == wanted for classes, _ in found]
+        accuracies = [x.double().mean().item() for x in right[name]]
+        errors = [(p * (1 - p) / len(wanted)) ** 0.5 for p in accuracies]
+        numbers[name] = {"accuracy": accuracies, "standard_error": errors,
+                         "strength": [strength for _, strength in found]}
+    first, pairs = next(iter(right)), {}
+    for name in list(right)[1:]:
+        pairs[f"{name} − {first}"] = [paired_difference(a, b)
+                                      for a, b in zip(right[name], right[first])]
+    groups = {}
+    for name, found in numbers.items():
+        group = re.sub(r"[-_]?\d+$", "", name) if args.seeds else name
+        groups.setdefault(group, []).append(found["accuracy"])
+    figure, (axis,) = figures.panels(
+        1, f"linear probe, {args.tokens} tokens, {args.data}", width=6)
+    means = {name: torch.tensor(values).mean(dim=0).tolist() for name, values in groups.items()}
+    bands = {name: torch.tensor(values).aminmax(dim=0) for name, values in groups.items()}
+    figures.lines(axis, means, "block", "accuracy", bands)
+    return figure, {"models": numbers, "differences": pairs, "training_images": len(sets[0]),
+                    "held_out_images": len(sets[1])}
+
+
+@torch.no_grad()
 def reconstruct(args, models, batches):
     """Images, what is visible, targets that are no pixels, and what each decoder predicts.
     The loss is that of a decoder's own target, PSNR, of pixels only, that of the picture drawn."""
@@ -278,13 +344,16 @@ def curves(args, models, batches):
 IMAGES = "data value_range images device workers heads"
 COMMANDS = {  # with the number of models, and the options
     cka: ("+", f"{IMAGES} tokens"), cross_cka: (2, f"{IMAGES} tokens block"),
-    heads: ("+", IMAGES), attention: (1, f"{IMAGES} rows block"), curves: ("+", ""),
+    heads: ("+", IMAGES), blocks: ("+", f"{IMAGES} train_images tokens seeds"),
+    attention: (1, f"{IMAGES} rows block"), curves: ("+", ""),
     reconstruct: (1, f"{IMAGES} rows target teacher teacher_blocks alphas norm_pix"),
 }
 OPTIONS = {
     "data": dict(default="shapes", help="shapes, cifar10, or a directory"),
     "value_range": dict(type=options.number_list, metavar="LOW,HIGH", help="as train.py's"),
     "images": dict(type=int, default=500, help="held-out images to look at"),
+    "train_images": dict(type=int, default=20_000, help="training images to fit a probe on"),
+    "seeds": dict(action="store_true", help="models named alike but for a last number are one"),
     "device": dict(choices=("cuda", "mps", "cpu"), help="the fastest when not given"),
     "workers": dict(type=int, default=2, help="processes that decode images"),
     "heads": dict(type=int, help="attention heads, where a checkpoint doesn't tell"),
@@ -311,6 +380,8 @@ def parse(argv):
         sub.add_argument("--out", type=Path, default=Path("figures"), help="for PNG and JSON")
         for name in names.split():
             sub.add_argument(options.option(name), **OPTIONS[name])
+        if function is blocks:
+            sub.set_defaults(images=10_000)
     return parser.parse(argv)
 
 
@@ -318,7 +389,9 @@ def main(argv=None):
     """Compute what the command asks for, and write it as a picture and as numbers."""
     args = parse(argv)
     models, batches = {}, []
-    if args.command != "curves":
+    if args.command == "blocks":
+        models = load_models(args, find_device(args.device))
+    elif args.command != "curves":
         machine = Machine(find_device(args.device))
         models = load_models(args, machine.device)
         batches = held_out_batches(args, next(iter(models.values())).config, machine)

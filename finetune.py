@@ -7,6 +7,7 @@
 
     python finetune.py --init … --trainable-blocks K     # freeze all but the last K blocks and head
     python finetune.py --init … --reinit-blocks K        # the last K blocks start again at random
+    python finetune.py --init … --keep-blocks K          # the encoder cut off after block K
     python finetune.py --init … --linear-probe           # frozen encoder, a linear classifier
     python finetune.py --init … --knn                    # frozen encoder, no training at all
     python finetune.py --eval --init runs/shapes-finetune/model.pt         # by class, confusion.png
@@ -124,6 +125,8 @@ def parse(argv):
     add("--knn", action="store_true", help="train nothing: nearest neighbours")
     add("--eval", action="store_true", help="train nothing: measure the fine-tuned --init")
     add("--predict", metavar="DIR", help="train nothing: the classes of images in a folder")
+    parser.add_argument("--keep-blocks", type=int, metavar="K",
+                        help="cut the encoder off after block K")
     add = parser.add_argument_group("model, by default --init's or the preset's").add_argument
     for name in MODEL_OPTIONS:
         add(options.option(name), type=int)
@@ -141,7 +144,7 @@ def parse(argv):
     options.add_training_options(parser)
     args = parser.parse(argv, PRESETS, LINEAR_PROBE)
     name = "scratch" if args.scratch else "finetune"
-    for mode in ("trainable_blocks", "reinit_blocks", "linear_probe", "knn"):
+    for mode in ("keep_blocks", "trainable_blocks", "reinit_blocks", "linear_probe", "knn"):
         if getattr(args, mode) not in (None, False):
             name += f"{options.option(mode)[1:]}-{getattr(args, mode)}".removesuffix("-True")
     if args.eval or args.predict:
@@ -159,7 +162,7 @@ def start_from(args):
     """(Config, checkpoint.Weights or None for --scratch) to start from; raises BadInput."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
     if args.scratch:
-        sizes = {"depth": Config.depth, **SIZES[args.size], **given}
+        sizes = {"depth": args.keep_blocks or Config.depth, **SIZES[args.size], **given}
         config, weights = options.naming_option(Config, **sizes, taps=(sizes["depth"],)), None
     else:
         weights = checkpoint.read_model(args.init, args.heads)
@@ -167,8 +170,14 @@ def start_from(args):
         for name, value in given.items():
             holds = name == "image_size" or value == getattr(config, name)
             require(holds, f"{options.option(name)}: {args.init} has {getattr(config, name)}")
+        depth = args.keep_blocks or config.depth
+        require(depth <= config.depth, f"--keep-blocks: the encoder has {config.depth} blocks")
+        above = tuple(f"encoder.blocks.{i}." for i in range(depth, config.depth))
+        weights = weights._replace(state={name: value for name, value in weights.state.items()
+                                          if not above or not name.startswith(above)})
         image_size = args.image_size or config.image_size
-        config = options.naming_option(replace, config, image_size=image_size)
+        config = options.naming_option(
+            replace, config, image_size=image_size, depth=depth, taps=(depth,))
     for name in ("trainable_blocks", "reinit_blocks"):
         holds = (getattr(args, name) or 0) <= config.depth
         require(holds, f"{options.option(name)}: the encoder has {config.depth} blocks")

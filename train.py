@@ -59,6 +59,7 @@ def parse(argv):
     add("--teacher-blocks", type=int, default=1, help="average the features of its last blocks")
     add("--alphas", type=options.number_list, help="shares of the image in them, as in 0,1/3,2/3")
     add("--init", help="checkpoint to start from, its encoder and decoders that fit")
+    add("--keep-every", type=int, metavar="N", help="keep the model of every Nth epoch")
     options.add_model_options(parser)
     options.add_training_options(parser)
     args = parser.parse(argv, PRESETS)
@@ -181,7 +182,10 @@ def main(argv=None):
         speed = round(steps * args.batch_size / seconds, 1)
         record = {"loss": losses.sum().item(), "losses": by_tap, "learning_rate": lr,
                   "images_per_second": speed, "seconds": round(seconds, 2)}
-        run.finish_epoch(record, {"config": asdict(config), "model": model.state_dict()})
+        content = {"config": asdict(config), "model": model.state_dict()}
+        run.finish_epoch(record, content)
+        if args.keep_every and (epoch + 1) % args.keep_every == 0:
+            run.keep(content, f"epoch-{epoch + 1}.pt")
         line = f"epoch {epoch + 1}/{args.epochs}  last decoder's training loss {losses[-1]:.4f}"
         machine.print(f"{line}  sum {losses.sum():.4f}  {speed:.0f} images/s")
         if machine.is_main_process:  # after what matters is safe

@@ -98,12 +98,15 @@ def panels(count, title, width=4.2):
     return figure, axes
 
 
-def lines(axis, series, xlabel, ylabel):
-    """Draw {name: values at 1, 2, …, or (xs, values)}, told apart by colour, mark and dashes."""
+def lines(axis, series, xlabel, ylabel, bands=()):
+    """Draw {name: values at 1, 2, …, or (xs, values)}, told apart by colour, mark and dashes, and
+    with bands, {name: (lowest, highest) values}, an area behind a line."""
     for i, (name, ys) in enumerate(series.items()):
         xs, ys = ys if isinstance(ys, tuple) else (range(1, len(ys) + 1), ys)
         axis.plot(xs, ys, label=plain(name), color=COLOURS[i % 7], linestyle=DASHES[i % 4],
                   marker=MARKERS[i % 7], markersize=4)
+        if name in bands:
+            axis.fill_between(xs, *bands[name], color=COLOURS[i % 7], alpha=0.2, linewidth=0)
     axis.set(xlabel=plain(xlabel), ylabel=ylabel)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8, frameon=False)

@@ -15,7 +15,8 @@ from deepmim import Config
 BUILT_IN = ("shapes", "cifar10")  # values of --data that are no directory
 MODEL_FIELDS = dataclasses.fields(Config)[:-1]  # the last, target_dim, follows from the targets
 RANGES = {  # of numbers: the least value and what they must be below, and the options
-    (1, math.inf): "accumulate batch_size block epochs images knn_k limit rows teacher_blocks",
+    (1, math.inf): "accumulate batch_size block epochs images keep_blocks keep_every "
+                   "knn_k limit rows teacher_blocks train_images",
     (0, math.inf): "cutmix mixup reinit_blocks trainable_blocks warmup_epochs weight_decay workers",
     (0, 1): "beta2 drop_path erasing hold_out mask_ratio smoothing",
     (1e-30, math.inf): "blr layer_decay lr", (0, 31): "randaugment shift", (0, 2**63): "seed",

@@ -19,8 +19,8 @@ except ImportError:  # Windows has no such locks; nothing then keeps a second pr
     fcntl = None
 
 # Options that may change when a run goes on. Files are compared by what is in them.
-MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset", "log", "data", "init",
-              "teacher")
+MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset", "log", "keep_every",
+              "data", "init", "teacher")
 ADVICE = "what was saved before is intact; try a lower --lr, a longer --warmup-epochs or --no-amp"
 
 
@@ -170,6 +170,12 @@ class Run:
                  "model": model.state_dict(), "scaler": scaler.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(self.path / "last.pt", lambda file: torch.save(state, file))
+
+    def keep(self, content, name):
+        """Write content, its weights in half precision, as OUT/name."""
+        if self.machine.is_main_process:
+            half = {key: value.half() for key, value in content["model"].items()}
+            write(self.path / name, lambda file: torch.save({**content, "model": half}, file))
 
     def show(self, name):
         """With --log tensorboard: the last epoch's numbers, and the picture OUT/name."""

@@ -13,6 +13,7 @@ import finetune
 from analyze import CKA, gram_matrices, head_similarity, linear_cka, ridge_probe, unbiased_hsic
 from deepmim import Config, DeepMIM, ViT
 from support import checkpoint, data, shapes
+from support.machine import Machine
 from support.options import BadInput
 
 TINY = dict(image_size=8, patch_size=2, dim=16, depth=3, heads=2, decoder_dim=8, decoder_depth=1,
@@ -341,3 +342,55 @@ def test_reconstruct_shows_other_targets_than_pixels(call, place):
                         ("features needs one", "reconstruct features.pt --target features")):
         with pytest.raises(BadInput, match=words):
             call(line)
+
+
+def test_the_strength_of_a_probe_is_chosen_on_training_images_alone():
+    """Two features that tell the class, and 58 of noise: with few samples a penalty helps."""
+    labels = torch.arange(50) % 2
+    x, queries = normal(50, 60), normal(400, 60, seed=1)
+    x[:, :2] += 2 * labels[:, None]
+    found, strength = analyze.best_probe(x, labels, queries)
+    right = [(ridge_probe(x[:40], labels[:40], x[40:], s) == labels[40:]).sum()
+             for s in analyze.STRENGTHS]
+    assert strength == analyze.STRENGTHS[max(range(5), key=lambda i: (right[i], -i))]
+    assert torch.equal(found, ridge_probe(x, labels, queries, strength))
+
+
+def test_a_paired_difference_is_mcnemars():
+    """b and c images that only one of two gets right: (b − c) / n, and the error of its sum."""
+    first = torch.tensor([1] * 60 + [0] * 40).bool()
+    second = torch.tensor([1] * 50 + [0] * 10 + [1] * 6 + [0] * 34).bool()
+    difference, error = analyze.paired_difference(first, second)
+    assert difference == pytest.approx(4 / 100)
+    assert error == pytest.approx(((16 - 4**2 / 100) / 99 / 100) ** 0.5)
+
+
+def test_blocks_command(call, place, tmp_path):
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 10)):
+        for label, name in enumerate("ab"):
+            pixels = generator.integers(0, 200, (count, 8, 8, 3), "u1") + 50 * label
+            write_images(place / "classes" / part / name, pixels.astype("u1"))
+    for seed in (0, 1):
+        source = place / ("deep.pt" if seed else "mae.pt")
+        (place / f"m-{seed}.pt").write_bytes(source.read_bytes())
+    found = call("blocks m-0.pt m-1.pt --seeds", images="classes")
+    assert found["training_images"] == 60 and found["held_out_images"] == 20
+    encoder = checkpoint.load_frozen(place / "m-0.pt")
+    parts = data.find(str(place / "classes"), Machine(torch.device("cpu")))
+    (x, labels), (asked, wanted) = (
+        next(data.prepare(part, encoder.config, Machine(torch.device("cpu"))).batches(
+            [torch.arange(len(part.labels))])) for part in parts)
+    for block in range(3):
+        features, queries = (analyze.block_features(encoder, z)[block] for z in (x, asked))
+        strength = found["models"]["m-0"]["strength"][block]
+        right = ridge_probe(features, labels, queries, strength) == wanted
+        accuracy = right.float().mean().item()
+        assert found["models"]["m-0"]["accuracy"][block] == pytest.approx(accuracy)
+        assert found["models"]["m-0"]["standard_error"][block] == pytest.approx(
+            (accuracy * (1 - accuracy) / 20) ** 0.5)
+        difference, _ = found["differences"]["m-1 − m-0"][block]
+        both = [found["models"][f"m-{seed}"]["accuracy"][block] for seed in (1, 0)]
+        assert difference == pytest.approx(both[0] - both[1])
+    with pytest.raises(BadInput, match="no classes to tell"):
+        call("blocks deep.pt")

@@ -253,3 +253,23 @@ def test_deep_images_are_measured_with_the_range_of_training(call, pretrained, t
     assert len(results[1]) == 3
     for file, row in results[1].items():
         assert row == results[0][file]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_an_encoder_cut_off_is_its_first_blocks(at_the_start, pretrained, blocks):
+    model = at_the_start("--init", pretrained, "--keep-blocks", blocks)
+    assert len(model.encoder.blocks) == blocks == model.encoder.config.depth
+    whole = checkpoint.load_frozen(pretrained)
+    expected = whole.forward_intermediates(NOISE)[blocks - 1]
+    torch.testing.assert_close(model.eval().encoder(NOISE), expected)
+    assert not model.head.weight.isnan().any()
+
+
+def test_an_encoder_cut_off_is_measured_as_it_is_saved(call, pretrained, tmp_path, refused):
+    call("finetune", "--init", pretrained, "--keep-blocks", 2, "--out", tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    call("finetune", "--eval", "--init", tmp_path / "run" / "model.pt", "--out", tmp_path / "eval")
+    found = json.loads((tmp_path / "eval" / "result.json").read_text())
+    assert found["val_loss"] == pytest.approx(result["val_loss"])
+    with pytest.raises(BadInput, match="--keep-blocks: the encoder has 3 blocks"):
+        call("finetune", "--init", pretrained, "--keep-blocks", 4, "--out", tmp_path / "no")

@@ -83,3 +83,13 @@ def assert_step_of_the_whole_batch(losses, gradients):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_masks_and_images_do_not_depend_on_the_number_of_parts(accumulate):
     assert_step_of_the_whole_batch(*one_step(accumulate))
+
+
+def test_models_of_some_epochs_are_kept_in_half_precision(call, tmp_path):
+    call("train", "--epochs", 4, "--keep-every", 2, "--out", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-2.pt", "epoch-4.pt"]
+    last, half = weights(tmp_path), torch.load(tmp_path / "epoch-4.pt", weights_only=True)
+    assert half["config"]["taps"] == (1, 2, 3)
+    assert all(torch.equal(half["model"][name], value.half()) for name, value in last.items())
+    found = checkpoint.load_frozen(tmp_path / "epoch-4.pt").state_dict()
+    torch.testing.assert_close(found["norm.weight"], last["encoder.norm.weight"], rtol=1e-3, atol=0)
