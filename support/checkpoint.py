@@ -168,7 +168,8 @@ def load_frozen(path, device="cpu", decoders=False, heads=None, norm_pix=True):
     weights = read_model(path, heads, norm_pix)
     model = DeepMIM(weights.config) if decoders else ViT(weights.config)
     encoder = model.encoder if decoders else model
-    if not decoders and "fc_norm.weight" in weights.state:  # fine-tuned: the norm follows the mean
+    fine_tuned = any(name.endswith("fc_norm.weight") for name in weights.state)
+    if not decoders and fine_tuned:  # the norm follows the mean
         encoder.norm = torch.nn.Identity()
     load_encoder(encoder, weights)
     if decoders:

@@ -120,7 +120,8 @@ def open_image(path):
     try:
         image = read_head(path)
         image.load()
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: not an image that can be read ({error}); repair or remove it, or "
                        "use --skip-damaged") from None

@@ -81,6 +81,8 @@ def test_a_model_of_ours_becomes_timms(tmp_path, pool):
     found = theirs(IMAGES) if pool else theirs.forward_features(IMAGES)
     expected = model(IMAGES) if pool else model.encoder(IMAGES)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    back = checkpoint.load_frozen(tmp_path / "vit.safetensors", heads=2)
+    torch.testing.assert_close(back(IMAGES), theirs.forward_features(IMAGES), atol=1e-4, rtol=1e-4)
 
 
 def test_a_model_of_ours_becomes_maes_and_comes_back(tmp_path):
