@@ -59,6 +59,7 @@ ARMS = {  # options over those of the first arm, and a constant of support/optim
     "shapes": "",
     "shapes-6e-3": "--lr 6e-3",
     "shapes-24e-3": "--lr 24e-3",
+    "shapes-batch-16": "--batch-size 16 --lr 6e-3",
     "shapes-batch-32": "--batch-size 32 --lr 8.5e-3",
     "shapes-batch-128": "--batch-size 128 --lr 17e-3",
     "shapes-no-shift": "--shift 0",
