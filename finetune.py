@@ -22,7 +22,6 @@ import copy
 import csv
 import io
 import json
-import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -152,9 +151,6 @@ def parse(argv):
         name = "eval" if args.eval else "predict"
     args.out = args.out or f"runs/{args.preset}-{name}"
     options.check_run(args)
-    one = args.batch_size // args.accumulate // int(os.environ.get("WORLD_SIZE", 1)) < 2
-    require(not (args.linear_probe and one), "--batch-size: a linear probe's batch norm needs 2 "
-            "images or more in each part of a batch")
     return args
 
 
@@ -172,12 +168,8 @@ def start_from(args):
             require(holds, f"{options.option(name)}: {args.init} has {getattr(config, name)}")
         depth = args.keep_blocks or config.depth
         require(depth <= config.depth, f"--keep-blocks: the encoder has {config.depth} blocks")
-        above = tuple(f"encoder.blocks.{i}." for i in range(depth, config.depth))
-        weights = weights._replace(state={name: value for name, value in weights.state.items()
-                                          if not above or not name.startswith(above)})
-        image_size = args.image_size or config.image_size
-        config = options.naming_option(
-            replace, config, image_size=image_size, depth=depth, taps=(depth,))
+        sizes = dict(image_size=args.image_size or config.image_size, depth=depth, taps=(depth,))
+        config = options.naming_option(replace, config, **sizes)
     for name in ("trainable_blocks", "reinit_blocks"):
         holds = (getattr(args, name) or 0) <= config.depth
         require(holds, f"{options.option(name)}: the encoder has {config.depth} blocks")
@@ -368,6 +360,9 @@ def main(argv=None):
     train, held_out = data.find(args.data, machine, args.limit, args.hold_out, args.skip_damaged,
                                 args.workers, 1 if args.knn else args.batch_size,
                                 args.value_range)
+    alone = args.batch_size == machine.world * args.accumulate
+    require(not (args.linear_probe and alone), "--batch-size: a linear probe's batch norm needs 2 "
+            "images or more in each part of a batch")
     classes, depth = train.classes, config.depth
     require(len(classes or ()) > 1, f"--data: {args.data} has no classes to tell apart; "
             "train/<class>/* is needed, and val/ or test/ beside train/")

@@ -126,9 +126,10 @@ def load_encoder(encoder, weights):
     """Copy an encoder's Weights into a ViT, with positions resized to its image size. Weights that
     only another network would use are refused; a head, decoders and last norms are left out."""
     state = {name.removeprefix("encoder."): value for name, value in weights.state.items()}
-    own = encoder.state_dict()
+    own, depth = encoder.state_dict(), len(encoder.blocks)
+    cut_off = tuple(f"blocks.{i}." for i in range(depth, weights.config.depth))
     for name in state:
-        holds = name in own or names.NOT_NEEDED.match(name)
+        holds = name in own or name.startswith(cut_off) or names.NOT_NEEDED.match(name)
         require(holds, f"{weights.name}: our ViT has no place for {name}")
     if "pos_embed" in state:
         state["pos_embed"] = resize_positions(state["pos_embed"], encoder.pos_embed.shape[1] - 1)

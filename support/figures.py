@@ -112,15 +112,15 @@ def lines(axis, series, xlabel, ylabel, bands=()):
     axis.legend(fontsize=8, frameon=False)
 
 
-def heat_map(axis, matrix, lowest, title, xlabel, ylabel):
-    """Draw a matrix of similarities from `lowest` to 1, blocks counted from 1, from below."""
+def heat_map(axis, matrix, lowest, title, xlabel, ylabel, label="CKA"):
+    """Draw a matrix of numbers from `lowest` to 1, blocks counted from 1, from below."""
     extent = (0.5, matrix.shape[1] + 0.5, 0.5, matrix.shape[0] + 0.5)
     image = axis.imshow(matrix.numpy(), origin="lower", extent=extent, vmin=lowest, vmax=1)
     axis.set(xlabel=plain(xlabel), ylabel=plain(ylabel))
     axis.set_title(plain(title), fontsize=9)
     for line in (axis.xaxis, axis.yaxis):
         line.set_major_locator(MaxNLocator(integer=True))
-    axis.figure.colorbar(image, ax=axis, shrink=0.85, label="CKA")
+    axis.figure.colorbar(image, ax=axis, shrink=0.85, label=label)
 
 
 def confusion(taken_for, classes):
@@ -129,13 +129,12 @@ def confusion(taken_for, classes):
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axis = figure.subplots()
     shares = taken_for / taken_for.sum(dim=1, keepdim=True).clamp(min=1)
-    image = axis.imshow(shares.numpy(), vmin=0, vmax=1)
-    axis.set(xlabel="taken for", ylabel="class")
+    heat_map(axis, shares, 0, "", "taken for", "class", "share of the class")
+    axis.invert_yaxis()
     if len(classes) <= 40:  # more can't be read
-        names = [plain(name) for name in classes]
-        axis.set_xticks(range(len(classes)), names, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(classes)), names, fontsize=8)
-    figure.colorbar(image, ax=axis, shrink=0.85, label="share of the class")
+        places, names = range(1, 1 + len(classes)), [plain(name) for name in classes]
+        axis.set_xticks(places, names, rotation=90, fontsize=8)
+        axis.set_yticks(places, names, fontsize=8)
     return figure
 
 
