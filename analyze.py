@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from deepmim import attention_map
+from finetune import nearest_neighbours
 from support import data, figures, options
 from support.checkpoint import load_frozen
 from support.machine import Machine, find_device
@@ -245,7 +246,8 @@ def labelled_features(encoder, images, tokens):
 
 def blocks(args, encoders, batches):
     """Accuracy of a linear probe of every block, fitted on training images, on held-out ones.
-    With --seeds, models whose names differ in a last number only are one line, with a band."""
+    The JSON has that of 20 nearest neighbours too, and differences from the first model. With
+    --seeds, models whose names differ in a last number only are one line, with a band."""
     machine, config = Machine(find_device(args.device)), next(iter(encoders.values())).config
     parts = data.find(args.data, machine, value_range=args.value_range)
     require(parts[0].classes and parts[1].classes, f"--data: {args.data} has no classes to tell")
@@ -260,9 +262,12 @@ def blocks(args, encoders, batches):
         found = [best_probe(x, labels, asked) for x, asked in zip(xs, queries)]
         right[name] = [classes == wanted for classes, _ in found]
         accuracies = [x.double().mean().item() for x in right[name]]
+        near = [nearest_neighbours(x, labels, asked, len(parts[0].classes), min(20, len(x)))
+                for x, asked in zip(xs, queries)]
         errors = [(p * (1 - p) / len(wanted)) ** 0.5 for p in accuracies]
         numbers[name] = {"accuracy": accuracies, "standard_error": errors,
-                         "strength": [strength for _, strength in found]}
+                         "strength": [strength for _, strength in found],
+                         "nearest_neighbours": [(x == wanted).double().mean().item() for x in near]}
     first, pairs = next(iter(right)), {}
     for name in list(right)[1:]:
         pairs[f"{name} − {first}"] = [paired_difference(a, b)

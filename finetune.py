@@ -275,16 +275,14 @@ def knn_votes(queries, features, labels, classes, k, temperature=0.07):
     return votes.scatter_add(1, labels[nearest], ((similarity - 1) / temperature).exp())
 
 
-def nearest_neighbours(model, images, held_out, k, machine):
-    """Accuracy of knn_votes on the held-out images. Features are standardised over training images:
-    what all images share, most of a feature, would drown what tells them apart."""
-    features, labels = all_features(model, images, machine)
-    queries, wanted = all_features(model, held_out, machine)
+def nearest_neighbours(features, labels, queries, classes, k):
+    """Classes of queries (Q, D) by knn_votes, (Q,). Features (n, D) are standardised over training
+    images: what all images share, most of a feature, would drown what tells them apart."""
     deviation, mean = torch.std_mean(features, dim=0)  # two (D,)
     features, queries = (F.normalize((x - mean) / (deviation + 1e-6)) for x in (features, queries))
-    votes = [knn_votes(some, features, labels, len(images.classes), k)
+    votes = [knn_votes(some, features, labels, classes, k)
              for some in queries.split(EVALUATION_BATCH)]
-    return (torch.cat(votes).argmax(dim=1) == wanted).float().mean().item()
+    return torch.cat(votes).argmax(dim=1)
 
 
 def load_classifier(args, machine):
@@ -375,7 +373,10 @@ def main(argv=None):
     if args.knn:
         require(args.knn_k <= len(images), f"--knn-k: there are only {len(images)} training images")
         run.open()
-        accuracy = nearest_neighbours(model, images, held_out, args.knn_k, machine)
+        features, labels = all_features(model, images, machine)
+        queries, wanted = all_features(model, held_out, machine)
+        found = nearest_neighbours(features, labels, queries, len(classes), args.knn_k)
+        accuracy = (found == wanted).float().mean().item()
         machine.print(f"{args.knn_k} nearest neighbours: accuracy {accuracy:.2%}")
         return run.write_result({"val_accuracy": accuracy})
     steps = len(images) // args.batch_size
@@ -390,8 +391,9 @@ def main(argv=None):
         seconds = time.perf_counter() - begin
         speed = round(steps * args.batch_size / seconds, 1)
         measured, _ = evaluate(model, held_out, machine)
-        record = {"train_loss": loss, **measured, "learning_rate": lr,
-                  "images_per_second": speed, "seconds": round(seconds, 2)}
+        val_seconds = time.perf_counter() - begin - seconds
+        record = {"train_loss": loss, **measured, "learning_rate": lr, "images_per_second": speed,
+                  "seconds": round(seconds, 2), "val_seconds": round(val_seconds, 2)}
         run.finish_epoch(record, {
             "config": asdict(config), "model": model.state_dict(), "classes": classes,
             "pool": args.pool, "linear_probe": args.linear_probe,

@@ -1,264 +1,189 @@
-"""The table and pictures of the study, from what the commands of study.sh left on the disk.
+"""The study in numbers and pictures, from what the commands of study.sh left on the disk.
 
     python -m study.report runs/study/small --out study         # study.json, study.md, study-*.png
     python -m study.report --equal-epochs MAE-RUN DEEPMIM-RUN   # epochs of MAE that cost the same
 
-In RUNS, a directory ARM-SEED, such as mae-0, deepmim-0 or taps-10-12-0, is a run of train.py (but
-scratch-0: random weights). Below it are runs of finetune.py: knn, linear-probe, finetune-N with N
-labels, and partial-K and reinit-K with the last K blocks trained or started again. compare-SEED,
-seeds-mae and seeds-deepmim are of analyze.py: two methods of a seed, two seeds of a method.
-
-Finished runs are reported, and what is missing is listed. Means are over seeds that were
-pre-trained equally long; the spread is the sample standard deviation.
+In RUNS, a directory ARM-SEED, such as deepmim-0, is a run of train.py. Those below it are of
+finetune.py: MEASURE-K, such as partial-2. And blocks.json, cka.json, heads.json and cross-cka.json
+are of analyze.py. What is not there yet is left out.
 """
 
-import contextlib
 import json
 import statistics
 from pathlib import Path
 
 from support import figures, options
-from support.options import BadInput
+from support.options import BadInput, require
 from support.run import make_directory, write, write_json
 
-ARMS = {"mae": "MAE", "deepmim": "DeepMIM", "hybrid": "DeepMIM, hybrid",
-        "mae-equal": "MAE, equal compute", "scratch": "random weights"}
-COMPARED = ("mae", "deepmim")  # the arms in pictures
-
-# What is known of one seed of an arm is {(measure, x): number}. These measures have no x:
-EPOCHS, COST, LOSS = ("epochs", 0), ("seconds per epoch", 0), ("last decoder's loss", 0)
-KNN, PROBE = ("nearest neighbours, %", 0), ("linear probe, %", 0)
-TUNED = ("finetune", "partial", "reinit")  # x is the number of labels, or of blocks
-SIMILARITIES = {"cka": "models", "cross-cka": "curves", "heads": "attention maps"}  # x is a block
-
-FIGURES = {  # name: (title, panels), each panel (xlabel, ylabel, measure that is drawn over x)
-    "curves": ("fine-tuning with {labels:,} labels", [
-        ("epoch", "training loss, augmented", "train_loss-{labels}"),
-        ("epoch", "validation loss", "val_loss-{labels}"),
-        ("epoch", "accuracy, %", "val_accuracy-{labels}")]),
-    "partial": ("only the last blocks trained", [("trainable blocks", "accuracy, %", "partial")]),
-    "reinit": ("the last blocks started again", [("restarted blocks", "accuracy, %", "reinit")]),
-    "cka": ("every block beside the last", [("block", "CKA", "models")]),
-    "cross-cka": ("one block beside each of another model", [
-        ("block, other method", "CKA", "curves"), ("block, other seed", "CKA", "seeds")]),
-    "heads": ("attention maps of pairs of heads; lower is more diverse", [
-        ("block", "cosine similarity", "attention maps")]),
-    "convergence": ("pre-training", [("epoch", LOSS[0], "loss"), ("hours", LOSS[0], "loss")]),
+ARMS = {"random": "random weights", "mae": "MAE", "deepmim": "DeepMIM",
+        "hybrid": "DeepMIM, hybrid targets", "shallow": "DeepMIM, decoders of one block",
+        "mae-long": "MAE, DeepMIM's compute"}
+FIGURES = {  # of a measure over x: title, what x is, what y is
+    "probe": ("a linear probe of each block", "block", "accuracy, %"),
+    "nearest neighbours": ("20 nearest neighbours, by block", "block", "accuracy, %"),
+    "cut": ("fine-tuned after being cut off", "blocks left", "accuracy, %"),
+    "partial": ("only the last blocks trained", "trained blocks", "accuracy, %"),
+    "reinit": ("the last blocks started again", "restarted blocks", "accuracy, %"),
+    "cka": ("every block beside the last", "block", "CKA"),
+    "cross-cka": ("one block beside each of another model", "block of the other", "CKA"),
+    "heads": ("attention maps of pairs of heads; lower is more diverse", "block", "similarity"),
+    "loss": ("pre-training, last decoder", "epoch", "loss on hidden patches"),
+    "block 6": ("a linear probe of block 6", "epoch", "accuracy, %"),
+    "block 12": ("a linear probe of block 12", "epoch", "accuracy, %"),
 }
-
-# ---------------------------------------------------------------------------------- from the disk
-
-
-@contextlib.contextmanager
-def naming(path):
-    """What is wrong with the content of a file becomes a BadInput that names the file."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise BadInput(f"{path}: damaged ({type(error).__name__}: {error}); what wrote it writes "
-                       "it again, with --no-resume if it trains") from None
+SUMMARY = {"probe": (6, 8, 10, 12), "cut": (6, 12), "loss": ("last",), "seconds": ("total",)}
 
 
 def read(path):
-    """The records of a .json or .jsonl file."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+    """The content of a JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: damaged ({error}); what wrote it writes it again") from None
 
 
-def read_pretraining(path):
-    """{(measure, x): number} of a run of train.py, empty before its end."""
-    found, log = {}, path / "log.jsonl"
-    if (path / "result.json").is_file():
-        with naming(log):
-            records = read(log)
-            for record in records:
-                found["loss", record["epoch"]] = float(list(record["losses"].values())[-1])
-            found[EPOCHS], found[LOSS] = len(records), found["loss", len(records)]
-            found[COST] = statistics.median(record["seconds"] for record in records)
-    return found
-
-
-def read_tuning(path):
-    """{(measure, x): number} of a run of finetune.py, empty before its end; accuracies in %."""
-    found, result, log = {}, path / "result.json", path / "log.jsonl"
-    kind, _, number = path.name.rpartition("-")
-    frozen = {"knn": KNN, "linear-probe": PROBE}.get(path.name)
-    if result.is_file() and (frozen or kind in TUNED):
-        with naming(result):
-            (record,) = read(result)
-            found[frozen or (kind, int(number))] = 100 * float(record["val_accuracy"])
-    if found and kind == "finetune":
-        with naming(log):
-            for record in read(log):
-                for name, scale in (("train_loss", 1), ("val_loss", 1), ("val_accuracy", 100)):
-                    found[f"{name}-{number}", record["epoch"]] = scale * float(record[name])
-    return found
-
-
-def add_similarities(path, study):
-    """Add what analyze.py wrote into a file to the arms it is of."""
-    with naming(path):
-        (content,) = read(path)
-        name = SIMILARITIES[content["command"]]
-        measure = "seeds" if path.parent.name.startswith("seeds-") else name
-        for model, values in zip(content["from"], content[name].values()):
-            arm, _, seed = Path(model).parent.name.rpartition("-")
-            values = values["with_last"] if name == "models" else values
-            for block, value in enumerate(values, start=1):
-                study.get((arm, int(seed)), {})[measure, block] = float(value)
-
-
-def read_study(root):
-    """{(arm, seed): {(measure, x): number}} of a directory of runs, in the order of the table."""
-    study = {}
-    ablation = {path.name.rpartition("-")[0] for path in root.glob("taps-*")}
-    for name in [*ARMS, *sorted(ablation, key=len)]:  # few taps first
-        for path in sorted(root.glob(f"{name}-*")):
-            seed = path.name.removeprefix(f"{name}-")
-            if seed.isdecimal() and (name == "scratch" or (path / "result.json").is_file()):
-                found = read_pretraining(path)
-                for below in path.iterdir():
-                    found |= read_tuning(below)
-                study[name, int(seed)] = found
-    if not any(study.values()):
-        raise BadInput(f"{root}: no directory with finished runs of study.sh, such as mae-0")
-    for path in [*root.glob("compare-*/*.json"), *root.glob("seeds-*/cross-cka.json")]:
-        add_similarities(path, study)
-    return study
-
-
-# ------------------------------------------------------------------------------------ the numbers
+def read_log(run):
+    """The records of a finished run's epochs."""
+    require((run / "result.json").is_file(), f"{run}: no finished run of train.py")
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def equal_epochs(mae, deepmim):
-    """How many epochs of MAE cost what those of DeepMIM did, from the directories of two runs."""
-    first, second = read_pretraining(mae), read_pretraining(deepmim)
-    if not first or not second:
-        raise BadInput(f"{deepmim if first else mae}: no finished run of train.py")
-    return max(1, round(second[EPOCHS] * second[COST] / first[COST]))
+    """How many epochs of MAE cost what those of DeepMIM did, by the median second of an epoch."""
+    costs = [(len(log), statistics.median(record["seconds"] for record in log))
+             for log in (read_log(mae), read_log(deepmim))]
+    return max(1, round(costs[1][0] * costs[1][1] / costs[0][1]))
 
 
-def add_margins(study):
-    """Add accuracies minus those of the seed's MAE, which had the same order, masks and start."""
-    for (name, seed), own in study.items():
-        for key, value in study.get(("mae", seed), {}).items():
-            accuracy = key in (KNN, PROBE) or key[0] == "finetune"
-            if accuracy and key in own and name in ("deepmim", "hybrid", "mae-equal"):
-                own[f"{key[0]}, margin", key[1]] = own[key] - value
+def of_pretraining(root):
+    """Yield (arm, seed, measure, x, value) of the runs of train.py."""
+    for result in sorted(root.glob("*/result.json")):
+        arm, _, seed = result.parent.name.rpartition("-")
+        log = read_log(result.parent)
+        losses = [list(record["losses"].values())[-1] for record in log]
+        for epoch, loss in enumerate(losses, start=1):
+            yield arm, seed, "loss", epoch, loss
+        yield arm, seed, "loss", "last", losses[-1]
+        yield arm, seed, "seconds", "total", sum(record["seconds"] for record in log)
 
 
-def average(study):
-    """{(arm, epochs): {(measure, x): (mean, spread, number of seeds)}}, most epochs first."""
-    groups, averages = {}, {}
-    for (name, seed), own in study.items():
-        beside = study.get(("mae", seed), {}) if name == "mae-equal" else own
-        epochs = beside.get(EPOCHS, 0)
-        for key, value in own.items():
-            groups.setdefault((name, epochs), {}).setdefault(key, []).append(value)
-    for group in sorted(groups, key=lambda group: -group[1]):
-        averages[group] = {}
-        for key, values in groups[group].items():
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            averages[group][key] = statistics.fmean(values), spread, len(values)
-    return averages
+def of_tuning(root):
+    """Yield the same of the runs of finetune.py."""
+    for result in sorted(root.glob("*/*-*/result.json")):
+        arm, _, seed = result.parent.parent.name.rpartition("-")
+        measure, _, k = result.parent.name.rpartition("-")
+        found = read(result)
+        yield arm, seed, measure, int(k), 100 * found["val_accuracy"]
+        yield arm, seed, f"{measure}, seconds to classify", int(k), found["val_seconds"]
 
 
-def missing(root, study):
-    """The files that the report lacks; what one arm has was planned for all that are like it."""
-    wanted = [f"seeds-{name}/cross-cka.json" for name in COMPARED]
-    tuned = {path.name for path in root.glob("*/finetune-*")} | {"knn", "linear-probe"}
-    for seed in sorted({seed for name, seed in study if name in ARMS}):
-        wanted += [f"compare-{seed}/{command}.json" for command in SIMILARITIES]
-        varied = {*root.glob(f"*-{seed}/partial-*"), *root.glob(f"*-{seed}/reinit-*")}
-        for name in ARMS:
-            wanted += [f"{name}-{seed}/result.json"] if name != "scratch" else []
-            runs = tuned | {path.name for path in varied if name in COMPARED}
-            wanted += [f"{name}-{seed}/{run}/result.json" for run in sorted(runs)]
-    lines = [name for name in wanted if not (root / name).is_file()]
-    return lines if list(root.glob("taps-*")) else [*lines, "taps-*, the ablation"]
+def of_analyses(root):
+    """Yield the same of what analyze.py wrote."""
+    keys = {"blocks": "models", "cka": "models", "heads": "attention maps", "cross-cka": "curves"}
+    for path in sorted(root.glob("**/*.json")):
+        content = read(path)
+        if path.stem not in keys or content.get("command") != path.stem:
+            continue
+        for model, found in zip(map(Path, content["from"]), content[keys[path.stem]].values()):
+            arm, _, seed = model.parent.name.rpartition("-")
+            if path.stem == "blocks" and model.stem.startswith("epoch-"):
+                epoch, accuracies = int(model.stem.removeprefix("epoch-")), found["accuracy"]
+                for block in {len(accuracies) // 2, len(accuracies)}:
+                    yield arm, seed, f"block {block}", epoch, 100 * accuracies[block - 1]
+                continue
+            series = {path.stem: found}
+            if path.stem == "blocks":
+                series = {"probe": [100 * value for value in found["accuracy"]],
+                          "nearest neighbours": [100 * v for v in found["nearest_neighbours"]]}
+            elif path.stem == "cka":
+                series = {"cka": found["with_last"]}
+            elif path.parent.name.startswith("seeds-"):
+                series = {"cross-cka": found}
+                arm += ", another seed"
+            for measure, values in series.items():
+                for block, value in enumerate(values, start=1):
+                    yield arm, seed, measure, block, value
 
 
-# ------------------------------------------------------------------------------------- the report
+def summarise(numbers):
+    """{measure: {arm: {x: the values of its seeds}}}, arms in the order of ARMS, then others."""
+    found = {}
+    order = [*ARMS, *sorted({arm for arm, *_ in numbers} - set(ARMS))]
+    for arm, _, measure, x, value in sorted(numbers, key=lambda row: (order.index(row[0]), row[1])):
+        if value is not None:  # an undefined CKA
+            found.setdefault(measure, {}).setdefault(arm, {}).setdefault(x, []).append(value)
+    return found
 
 
-def table(averages, labels):
-    """A Markdown table with a row for each arm; a cell of fewer seeds than its row says so."""
-    columns = [(EPOCHS, EPOCHS[0], ".0f"), (COST, COST[0], ".1f"), (LOSS, LOSS[0], ".4f")]
-    for measure, x in (KNN, PROBE, *(("finetune", number) for number in labels)):
-        columns.append(((measure, x), f"{x:,} labels, %" if x else measure, ".1f"))
-        columns.append(((f"{measure}, margin", x), "margin", "+.1f"))
-    heads = ["pre-training", "seeds", *(head for _, head, _ in columns)]
-    rows = [heads, ["---"] * len(heads)]
-    for (name, _), values in averages.items():
-        seeds = max(n for _, _, n in values.values())
-        cells = [ARMS.get(name, name), str(seeds)]
-        for key, _, form in columns:
-            mean, spread, n = values.get(key, (None, None, seeds))
-            cell = "–" if mean is None else f"{mean:{form}}"
-            cell += "" if spread is None else f" ± {spread:{form.lstrip('+')}}"
-            cells.append(cell if n == seeds else f"{cell} (n = {n})")
-        rows.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+def add_margins(numbers):
+    """Add how much better or worse a seed's arm is in a block than its MAE: "probe, margin"."""
+    own = {(arm, seed, x): value for arm, seed, measure, x, value in numbers if measure == "probe"}
+    for (arm, seed, x), value in own.items():
+        if arm not in ("mae", "random") and ("mae", seed, x) in own:
+            numbers.append((arm, seed, "probe, margin", x, value - own["mae", seed, x]))
 
 
-def lines_of(averages, measure, hours):
-    """{name: (xs, means, lows, highs)} of the arms in pictures, over epochs or hours."""
-    lines = {}
-    for (name, epochs), values in averages.items():
-        points = []
-        for x in sorted(x for found, x in values if found == measure):
-            mean, spread, _ = values[measure, x]
-            x = x * values[COST][0] / 3600 if hours else x
-            points.append((x, mean, mean - (spread or 0), mean + (spread or 0)))
-        if points and name in COMPARED:
-            lines[f"{ARMS[name]}, {epochs} epochs"] = tuple(zip(*points))
-    return lines
+def cell(values, form):
+    """The mean of values and, of several seeds, the lowest and the highest."""
+    if not values:
+        return "–"
+    spread = f" ({min(values):{form}} … {max(values):{form}})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread}"
 
 
-def draw(averages, labels, out):
-    """Write the pictures that there is something to draw for; gives their names."""
+def table(found):
+    """A Markdown table with a row for each arm and the columns of SUMMARY."""
+    columns = [(measure, x) for measure, xs in SUMMARY.items() for x in xs]
+    rows = [["pre-training", "seeds", *(f"{measure} {x}" for measure, x in columns)]]
+    rows.append(["---"] * len(rows[0]))
+    for arm in found["loss"]:
+        cells = []
+        for measure, x in columns:
+            form = {"loss": ".3f", "seconds": ".0f"}.get(measure, ".1f")
+            cells.append(cell(found.get(measure, {}).get(arm, {}).get(x, []), form))
+        rows.append([ARMS.get(arm, arm), str(len(found["loss"][arm]["last"])), *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(found, out):
+    """Write a picture for each of FIGURES that there is something for; gives their names."""
     names = []
-    for name, (title, panels) in FIGURES.items():
-        drawn = []
-        for xlabel, ylabel, measure in panels:
-            lines = lines_of(averages, measure.format(labels=labels), xlabel == "hours")
-            drawn += [(xlabel, ylabel, lines)] if lines else []
-        if drawn:
-            figure, axes = figures.panels(len(drawn), title.format(labels=labels))
-            for axis, (xlabel, ylabel, lines) in zip(axes, drawn):
-                if ylabel == axes[0].get_ylabel():
-                    axis.sharey(axes[0])
-                means = {words: line[:2] for words, line in lines.items()}
-                figures.lines(axis, means, xlabel, ylabel)
-                for line, (xs, _, lows, highs) in zip(axis.lines, lines.values()):
-                    axis.fill_between(xs, lows, highs, color=line.get_color(), alpha=0.2)
-                axis.locator_params(axis="x", integer=xlabel != "hours", nbins=6)
-            figures.save(figure, out / f"study-{name}.png")
-            names.append(name)
+    for measure, (title, xlabel, ylabel) in FIGURES.items():
+        means, bands = {}, {}
+        for arm, values in found.get(measure, {}).items():
+            xs = sorted(x for x in values if isinstance(x, int))
+            if len(xs) > 1 and (arm.split(",")[0] in ARMS):  # the ablation has its table
+                name = ARMS.get(arm, arm)
+                means[name] = xs, [statistics.fmean(values[x]) for x in xs]
+                bands[name] = [min(values[x]) for x in xs], [max(values[x]) for x in xs]
+        if means:
+            figure, (axis,) = figures.panels(1, f"{title}; bands: lowest to highest seed", width=7)
+            figures.lines(axis, means, xlabel, ylabel, bands)
+            names.append(f"study-{measure.replace(' ', '-')}.png")
+            figures.save(figure, out / names[-1])
     return names
 
 
 def report(root, out):
     """Write study.json, study.md and the pictures of a directory of runs."""
-    study = read_study(root)
-    add_margins(study)
-    averages, lacking = average(study), missing(root, study)
-    labels = sorted({x for own in study.values() for measure, x in own if measure == "finetune"})
+    numbers = [*of_pretraining(root), *of_tuning(root), *of_analyses(root)]
+    require(numbers, f"{root}: no directory with finished runs of study.sh, such as mae-0")
+    add_margins(numbers)
+    found = summarise(numbers)
     make_directory(out)
-    parts = ["# The study in numbers", f"Written by `python -m study.report {root}`. Means over n "
-             "seeds ± sample standard deviation. Accuracies, in %, are the last epoch's on test "
-             "images; margins are over the MAE of the same seed.", table(averages, labels)]
-    names = draw(averages, labels[-1] if labels else 0, out)
-    parts += [f"![{name}](study-{name}.png)" for name in names]
-    parts.append("Missing: " + (", ".join(lacking) or "nothing"))
-    numbers = []
-    for (arm, epochs), values in averages.items():
-        for (measure, x), (mean, spread, n) in values.items():
-            numbers.append({"arm": arm, "epochs": epochs, "measure": measure, "x": x,
-                            "mean": mean, "spread": spread, "n": n})
+    pictures = draw(found, out)
+    parts = ["# The study in numbers", f"By `python -m study.report {root}`. Accuracies are in %, "
+             "on test images. Of several seeds: mean (lowest … highest). Seconds are of "
+             "pre-training.", table(found)]
+    for arm, values in found.get("probe, margin", {}).items():
+        cells = " · ".join(f"{x}: {cell(values[x], '+.1f')}" for x in sorted(values))
+        parts.append(f"{ARMS.get(arm, arm)}, probe minus that of the seed's MAE, by block: {cells}")
+    parts += [f"![{name}]({name})" for name in pictures]
     write(out / "study.md", lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
-    write_json(out / "study.json", {"from": str(root), "numbers": numbers, "missing": lacking})
-    print(f"{out / 'study.md'}, {out / 'study.json'}; missing: {len(lacking) or 'nothing'}")
+    rows = [dict(zip(("arm", "seed", "measure", "x", "value"), row)) for row in numbers]
+    write_json(out / "study.json", {"from": str(root), "numbers": rows})
+    print(f"{out / 'study.md'}, {out / 'study.json'}: {len(rows)} numbers")
 
 
 def main(argv=None):

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Does deep supervision help? Every command, from pre-training to the report.
+# Does deep supervision help, and in which blocks? Every command, from pre-training to the report.
 #
-#     bash study/study.sh cifar10                    # small: cifar10-nano, two days on two cores
-#     bash study/study.sh data/cifar10 --size full   # preset cifar10, three seeds, a GPU
+#     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
+#     bash study/study.sh data/cifar10               # small: all questions, hours on two cores
+#     bash study/study.sh data/cifar10 --size full   # preset cifar10, a GPU
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
-#     bash study/study.sh cifar10 --print            # the commands, without running them
+#     bash study/study.sh data/cifar10 --print       # the commands, without running them
 #
 # DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, the report of size small
-# into study and of others into runs/study/SIZE/report. The same command goes on after an
-# interruption: what has its result is skipped, and a run that was cut continues. It stops at the
-# first command that fails. PYTHON=… names another python.
+# into study, of others into runs/study/SIZE/report. The same command goes on after an
+# interruption: what has its result is skipped, and a run that was cut continues. What is there
+# after an early stop is a smaller study: seed 0, then seed 1, and so on. PYTHON=… names another
+# python.
 set -euo pipefail
 
 fail() {
-    echo "study.sh: $1; usage: study.sh DATA [--size full|small|smoke] [--print]" >&2
+    echo "study.sh: $1; usage: study.sh DATA [--size hour|small|full|smoke] [--print]" >&2
     exit 2
 }
 
@@ -37,30 +39,25 @@ PYTHON=${PYTHON:-python}
 RUNS=runs/study/$SIZE
 REPORT=$RUNS/report
 
-# SEEDS are seed:epochs of pre-training. TUNED seeds are fine-tuned and probed; of VARIED ones K
-# blocks are trained or started again. DEEP, SIZES, PROBE and FEW are further options: of DeepMIM,
-# random weights, frozen encoders and fewer labels.
-PARTIAL="0 1 2 4 6 8 10 12" REINIT="1 2 4 6 8 10" BLOCK=8 IMAGES=10000 LABELS="10000 50000"
-TAPS="12 10,12 8,10,12 6,8,10,12 3,6,9,12" SHORT=30
-DEEP='' SIZES='' PROBE='' FEW=''
+# CUT, PARTIAL and REINIT are numbers of blocks, LABELS of labels. Only seed 0 has MANY labels, a
+# LONG run and the ablation. SHAPE and DEEP are options of the model, SOME of an analysis.
+SEEDS="0 1 2" EPOCHS=8 LABELS=10000 MANY=50000 LONG=40 EVERY=1 BLOCK=8
+CUT="6 8 10 12" PARTIAL="1 2 4 8 12" REINIT="2 4 6 8"
+TAPS="10,12 8,10,12 3,6,9,12" DEPTHS="2"
+SHAPE='' DEEP='' SOME="--images 10000"
+TRAIN="--preset cifar10-nano" TUNE="--preset cifar10-nano --epochs 5"
 case $SIZE in
-    full)
-        TRAIN="--preset cifar10" TUNE="--preset cifar10"
-        SEEDS="0:400 1:400 2:400" TUNED="0 1 2" VARIED="0 1 2" ;;
-    small)
-        TRAIN="--preset cifar10-nano --optimizer adamw --batch-size 256 --lr 1.5e-3"
-        TUNE="--preset cifar10-nano" FEW="--epochs 10"
-        SEEDS="0:100 1:30 2:30" TUNED="0 1 2" VARIED="0" REPORT=study ;;
+    hour) SEEDS=0 ;;
+    small) REPORT=study ;;
+    full) TRAIN="--preset cifar10" TUNE="--preset cifar10" EPOCHS=100 LONG=400 EVERY=10 ;;
     smoke)
-        SIZES="--dim 16 --depth 3 --heads 2" DEEP="--taps 1,2,3" PROBE="--limit 40"
-        TRAIN="--preset shapes $SIZES --decoder-dim 8 --decoder-depth 1 --decoder-heads 2"
-        TRAIN="$TRAIN --limit 40 --batch-size 20"
-        TUNE="--preset shapes --batch-size 20 --epochs 1 --warmup-epochs 0"
-        SEEDS="0:2 1:2" TUNED="0" VARIED="0"
-        PARTIAL="0 3" REINIT="1 2" BLOCK=2 IMAGES=20 LABELS="20 40" TAPS="3 1,3" SHORT=1 ;;
-    *) fail "--size is full, small or smoke, not '$SIZE'" ;;
+        SHAPE="--dim 16 --depth 3 --heads 2" DEEP="--taps 1,2,3" SOME="--images 20"
+        TRAIN="--decoder-dim 8 --decoder-heads 2 --limit 40 --batch-size 20"
+        TUNE="--batch-size 20 --epochs 1"
+        SEEDS="0 1" EPOCHS=2 LABELS=20 MANY=40 LONG=3 BLOCK=2
+        CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" DEPTHS="2" ;;
+    *) fail "--size is hour, small, full or smoke, not '$SIZE'" ;;
 esac
-FEWER=${LABELS%% *}
 
 if [ "$PRINT" ]; then
     DATA=$(printf %q "$DATA")
@@ -71,8 +68,6 @@ else
     echo "$DATA" > "$RUNS/data.txt"
 fi
 
-among() { case " $2 " in *" $1 "*) true ;; *) false ;; esac; }
-
 run() {  # run FILE COMMAND …, unless FILE, which the command writes at its end, is there
     if [ "$PRINT" ]; then
         echo "${*:2}"
@@ -82,74 +77,83 @@ run() {  # run FILE COMMAND …, unless FILE, which the command writes at its en
     fi
 }
 
-train() {  # train ARM SEED EPOCHS OPTION …
-    local out=$RUNS/$1-$2
-    run "$out/result.json" $PYTHON train.py $TRAIN --data "$DATA" --seed "$2" --epochs "$3" \
-        "${@:4}" --out "$out"
+train() {  # train ARM SEED OPTION …
+    run "$RUNS/$1-$2/result.json" $PYTHON train.py $TRAIN $SHAPE --data "$DATA" --seed "$2" \
+        --epochs $EPOCHS "${@:3}" --out "$RUNS/$1-$2"
 }
 
 tune() {  # tune ARM SEED NAME OPTION …
-    local out=$RUNS/$1-$2/$3 start="--init $RUNS/$1-$2/model.pt"
-    if [ "$1" = scratch ]; then start="--scratch $SIZES"; fi
-    run "$out/result.json" $PYTHON finetune.py $TUNE --data "$DATA" --seed "$2" $start \
-        "${@:4}" --out "$out"
+    run "$RUNS/$1-$2/$3/result.json" $PYTHON finetune.py $TUNE --data "$DATA" --seed "$2" \
+        --init "$RUNS/$1-$2/model.pt" --limit $LABELS "${@:4}" --out "$RUNS/$1-$2/$3"
 }
 
-judge() {  # judge ARM SEED LABELS …: frozen, and fine-tuned on each number of labels
-    tune "$1" "$2" knn --knn $PROBE
-    tune "$1" "$2" linear-probe --linear-probe $PROBE
-    for labels in ${@:3}; do
-        if [ "$labels" = "$FEWER" ]; then recipe=$FEW; else recipe=''; fi
-        tune "$1" "$2" "finetune-$labels" --limit "$labels" $recipe
-    done
+look() {  # look OUT COMMAND MODEL …, in $RUNS
+    local models=("${@:3}")
+    run "$RUNS/$1/$2.png" $PYTHON analyze.py "$2" "${models[@]/#/$RUNS/}" --data "$DATA" $SOME \
+        --out "$RUNS/$1" $MORE
 }
 
-look() {  # look OUT COMMAND MODEL …
-    run "$RUNS/$1/$2.png" $PYTHON analyze.py "$2" "${@:3}" --data "$DATA" --images $IMAGES \
-        --out "$RUNS/$1"
+report() {
+    run '' $PYTHON -m study.report "$RUNS" --out "$REPORT"
 }
 
-# The arms. Those of a seed have the same order of images, masks and initial encoder.
-for pair in $SEEDS; do
-    seed=${pair%:*} epochs=${pair#*:}
-    mae=$RUNS/mae-$seed deepmim=$RUNS/deepmim-$seed
-    train mae "$seed" "$epochs" --method mae
-    train deepmim "$seed" "$epochs" $DEEP
-    train hybrid "$seed" "$epochs" $DEEP --teacher "$mae/model.pt"
+# All arms of a seed start from the same encoder and see the same images and masks.
+for seed in $SEEDS; do
+    mae=mae-$seed/model.pt deepmim=deepmim-$seed/model.pt MORE=''
+    train random $seed --method mae --epochs 1 --limit 64 --batch-size 64 --lr 1e-30
+    train mae $seed --method mae --keep-every $EVERY
+    train deepmim $seed $DEEP --keep-every $EVERY
+    look compare-$seed blocks random-$seed/model.pt $mae $deepmim
+    if [ $SIZE = hour ]; then continue; fi
+
+    train hybrid $seed $DEEP --teacher "$RUNS/$mae"
+    train shallow $seed $DEEP --decoder-depth 1
     # As many epochs of MAE as cost what DeepMIM's did, by the seconds in both logs.
-    equal="$PYTHON -m study.report --equal-epochs $mae $deepmim"
+    equal="$PYTHON -m study.report --equal-epochs $RUNS/mae-$seed $RUNS/deepmim-$seed"
     if [ "$PRINT" ]; then equal="\$($equal)"; else equal=$($equal); fi
-    train mae-equal "$seed" "$equal" --method mae
-    if among "$seed" "$TUNED"; then
-        for arm in scratch mae deepmim hybrid mae-equal; do judge $arm "$seed" $LABELS; done
-    fi
-    if among "$seed" "$VARIED"; then
-        for arm in mae deepmim; do
-            for k in $PARTIAL; do
-                tune $arm "$seed" partial-$k --trainable-blocks $k --limit "$FEWER" $FEW
-            done
-            for k in $REINIT; do
-                tune $arm "$seed" reinit-$k --reinit-blocks $k --limit "$FEWER" $FEW
-            done
+    train mae-long $seed --method mae --epochs "$equal"
+    look others-$seed blocks hybrid-$seed/model.pt shallow-$seed/model.pt mae-long-$seed/model.pt
+    for arm in random mae deepmim hybrid shallow mae-long; do
+        for k in $CUT; do
+            if [ $k = ${CUT##* } ] || [ $arm = mae ] || [ $arm = deepmim ]; then
+                tune $arm $seed cut-$k --keep-blocks $k
+            fi
         done
-    fi
-    look "compare-$seed" cka "$mae/model.pt" "$deepmim/model.pt"
-    look "compare-$seed" cross-cka "$mae/model.pt" "$deepmim/model.pt" --block $BLOCK
-    look "compare-$seed" heads "$mae/model.pt" "$deepmim/model.pt"
-    last="${previous-} $seed" previous=$seed
+    done
+    for arm in mae deepmim; do
+        for k in $PARTIAL; do tune $arm $seed partial-$k --trainable-blocks $k; done
+        for k in $REINIT; do tune $arm $seed reinit-$k --reinit-blocks $k; done
+    done
+    look compare-$seed cka random-$seed/model.pt $mae $deepmim
+    look compare-$seed heads random-$seed/model.pt $mae $deepmim
+    MORE="--block $BLOCK" look compare-$seed cross-cka $mae $deepmim
+    for arm in mae deepmim; do
+        kept=$(seq -f "$arm-$seed/epoch-%g.pt" $EVERY $EVERY $EPOCHS)
+        look $arm-$seed/epochs blocks $kept
+    done
+    report
 done
+if [ $SIZE = hour ]; then report; exit; fi
 
-# The yardstick for CKA: two encoders that differ only by chance, of the last two seeds, which were
-# trained equally long.
+# The yardstick for CKA: two encoders of one method that differ only by chance.
 for arm in mae deepmim; do
-    set -- $last
-    look seeds-$arm cross-cka "$RUNS/$arm-$1/model.pt" "$RUNS/$arm-$2/model.pt" --block $BLOCK
+    MORE="--block $BLOCK" look seeds-$arm cross-cka $arm-0/model.pt $arm-1/model.pt
 done
-
-# Where the decoders stand.
+# What DeepMIM's parts are worth, and AdamW at the same steps.
+ablation=()
 for taps in $TAPS; do
-    train "taps-${taps//,/-}" 0 $SHORT --taps "$taps"
-    judge "taps-${taps//,/-}" 0 "$FEWER"
+    train taps-${taps//,/-} 0 --taps $taps; ablation+=("taps-${taps//,/-}-0/model.pt")
 done
-
-run '' $PYTHON -m study.report "$RUNS" --out "$REPORT"
+for depth in $DEPTHS; do
+    train depth-$depth 0 $DEEP --decoder-depth $depth; ablation+=("depth-$depth-0/model.pt")
+done
+train mae-adamw 0 --method mae --optimizer adamw --lr 1e-3
+train deepmim-adamw 0 $DEEP --optimizer adamw --lr 1e-3
+MORE='' look ablation-0 blocks "${ablation[@]}" mae-adamw-0/model.pt deepmim-adamw-0/model.pt
+for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
+for arm in mae deepmim; do
+    deep=$DEEP; if [ $arm = mae ]; then deep="--method mae"; fi
+    train $arm-$LONG 0 $deep --epochs $LONG
+done
+look long-0 blocks mae-$LONG-0/model.pt deepmim-$LONG-0/model.pt
+report

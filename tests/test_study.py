@@ -1,7 +1,6 @@
 """study/: the report's numbers by closed form, what it refuses, and the commands of study.sh."""
 
 import json
-import math
 import re
 import shlex
 import subprocess
@@ -20,7 +19,7 @@ SCRIPTS = {"train.py": train, "finetune.py": finetune, "analyze.py": analyze}
 
 
 def save(path, result, log=()):
-    path.mkdir(exist_ok=True)
+    path.mkdir(exist_ok=True, parents=True)
     (path / "result.json").write_text(json.dumps(result))
     (path / "log.jsonl").write_text("\n".join(json.dumps(record) for record in log))
 
@@ -31,51 +30,73 @@ def pretrained(path, seconds, loss=1.5):
     save(path, log[-1], log)
 
 
+def analysed(path, command, models, key, values):
+    """What analyze.py writes, {model: numbers} under a key."""
+    path.mkdir(exist_ok=True, parents=True)
+    content = {"command": command, "from": models, key: dict(zip("ABCD", values))}
+    (path / f"{command}.json").write_text(json.dumps(content))
+
+
 @pytest.fixture
 def runs(tmp_path):
     """MAE and DeepMIM of three seeds, three epochs each; the third epoch of one was held up."""
     for seed, (mae, deepmim) in enumerate([(0.40, 0.43), (0.43, 0.42), (0.49, 0.53)]):
         pretrained(tmp_path / f"mae-{seed}", [10, 11, 50 + seed])
         pretrained(tmp_path / f"deepmim-{seed}", [22, 25, 23], loss=1.5 + 0.03 * seed)
-        save(tmp_path / f"mae-{seed}/knn", {"val_accuracy": mae})
-        save(tmp_path / f"deepmim-{seed}/knn", {"val_accuracy": deepmim})
-        models = {"A": {"with_last": [0.5 + seed / 10, 1.0]}, "B": {"with_last": [0.7, 1.0]}}
-        content = {"command": "cka", "from": [f"mae-{seed}/model.pt", f"deepmim-{seed}/model.pt"]}
-        (tmp_path / f"compare-{seed}").mkdir()
-        (tmp_path / f"compare-{seed}/cka.json").write_text(json.dumps(content | {"models": models}))
+        save(tmp_path / f"mae-{seed}/cut-6", {"val_accuracy": mae, "val_seconds": 2.5})
+        models = [f"{arm}-{seed}/model.pt" for arm in ("mae", "deepmim")]
+        probes = [{"accuracy": [0.2, x], "nearest_neighbours": [0.1, x]} for x in (mae, deepmim)]
+        analysed(tmp_path / f"compare-{seed}", "blocks", models, "models", probes)
+        cka = [{"with_last": [0.5 + seed / 10, 1.0]}, {"with_last": [None, 1.0]}]
+        analysed(tmp_path / f"compare-{seed}", "cka", models, "models", cka)
+    epochs = [{"accuracy": [0.1 * epoch, 0.2 * epoch]} for epoch in (1, 2)]
+    analysed(tmp_path / "mae-0/epochs", "blocks", ["mae-0/epoch-1.pt", "mae-0/epoch-2.pt"],
+             "models", epochs)
+    analysed(tmp_path / "seeds-mae", "cross-cka", ["mae-0/model.pt", "mae-1/model.pt"], "curves",
+             [[0.9, 0.8], [0.7, 0.6]])
     return tmp_path
 
 
 def reported(runs):
-    """{(arm, epochs): {(measure, x): (mean, spread, n)}}, what is missing, and study.md."""
+    """{(arm, seed, measure, x): value}, and study.md."""
     report.main([str(runs), "--out", str(runs / "report")])
-    content, numbers = json.loads((runs / "report/study.json").read_text()), {}
-    for arm, epochs, measure, x, *summary in (row.values() for row in content["numbers"]):
-        numbers.setdefault((arm, epochs), {})[measure, x] = tuple(summary)
-    return numbers, content["missing"], (runs / "report/study.md").read_text(encoding="utf-8")
+    rows = json.loads((runs / "report/study.json").read_text())["numbers"]
+    numbers = {tuple(row[key] for key in ("arm", "seed", "measure", "x")): row["value"]
+               for row in rows}
+    assert len(numbers) == len(rows)
+    return numbers, (runs / "report/study.md").read_text(encoding="utf-8")
 
 
-def test_means_and_sample_deviations_over_seeds(runs):
-    """40, 43 and 49 are −4, −1 and 5 from their mean; margins 3, −1 and 4 are 1, −3 and 2."""
-    numbers, _, text = reported(runs)
-    mae, deepmim = numbers["mae", 3], numbers["deepmim", 3]
-    assert mae[report.KNN] == pytest.approx((44, math.sqrt(42 / 2), 3))
-    assert deepmim[report.KNN[0] + ", margin", 0] == pytest.approx((2, math.sqrt(14 / 2), 3))
-    assert mae[report.COST] == (11, 0, 3) and deepmim[report.COST] == (23, 0, 3)
-    assert deepmim[report.LOSS] == pytest.approx((0.51, 0.01, 3)) and mae["loss", 1] == (1.5, 0, 3)
-    assert mae["models", 1] == pytest.approx((0.6, 0.1, 3))
-    assert "| 44.0 ± 4.6 |" in text and "| +2.0 ± 2.6 |" in text
+def test_every_number_is_found_once(runs):
+    numbers, text = reported(runs)
+    expected = {
+        ("mae", "2", "probe", 2): 49, ("deepmim", "1", "nearest neighbours", 2): 42,
+        ("mae", "0", "loss", 3): 0.5, ("mae", "0", "loss", "last"): 0.5,
+        ("deepmim", "2", "seconds", "total"): 70, ("mae", "1", "cut", 6): 43,
+        ("mae", "1", "cut, seconds to classify", 6): 2.5, ("mae", "2", "cka", 1): 0.7,
+        ("deepmim", "0", "cka", 1): None, ("mae", "0", "block 1", 2): 20,
+        ("mae", "0", "block 2", 1): 20, ("mae, another seed", "1", "cross-cka", 2): 0.6,
+        ("deepmim", "1", "probe, margin", 2): -1, ("deepmim", "2", "probe, margin", 1): 0}
+    assert {key: numbers[key] for key in expected} == pytest.approx(expected)
+    assert "| DeepMIM | 3 |" in text and "| 44.0 (40.0 … 49.0) |" in text
+    assert "| 0.500 (0.500 … 0.500) | 72 (71 … 73) |" in text
+    assert "by block: 1: +0.0 (+0.0 … +0.0) · 2: +2.0 (-1.0 … +4.0)" in text
+    shown = {path.name for path in (runs / "report").glob("*.png")}
+    assert shown == {f"study-{name}.png" for name in (
+        "probe", "nearest-neighbours", "cka", "cross-cka", "loss")}
+    assert all(name in text for name in shown)
 
 
-def test_only_seeds_of_equal_length_are_averaged(runs):
-    """Seed 0 had two epochs more. MAE of equal compute counts with the MAE of its seed."""
-    pretrained(runs / "mae-0", [10] * 5)
-    for seed, epochs in enumerate((11, 6, 7)):
-        pretrained(runs / f"mae-equal-{seed}", [10] * epochs)
-    numbers = reported(runs)[0]
-    assert numbers["mae", 5][report.KNN] == (pytest.approx(40), None, 1)
-    assert numbers["mae", 3][report.KNN][2] == 2 and numbers["deepmim", 3][report.KNN][2] == 3
-    assert numbers["mae-equal", 3][report.EPOCHS] == pytest.approx((6.5, math.sqrt(0.5), 2))
+def test_bands_reach_from_the_lowest_to_the_highest_seed(runs, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report.figures, "lines", lambda axis, means, x, y, bands: drawn.update(
+        {y: (means, bands)}))
+    reported(runs)
+    means, bands = drawn["loss on hidden patches"]
+    assert means["DeepMIM"][0] == [1, 2, 3]
+    assert means["DeepMIM"][1] == pytest.approx([1.53, 0.765, 0.51])
+    assert bands["DeepMIM"][0] == pytest.approx([1.5, 0.75, 0.5])
+    assert bands["DeepMIM"][1] == pytest.approx([1.56, 0.78, 0.52])
 
 
 def test_epochs_of_equal_compute_follow_the_median_second(runs, capsys):
@@ -88,25 +109,12 @@ def test_epochs_of_equal_compute_follow_the_median_second(runs, capsys):
         report.equal_epochs(runs / "mae-3", runs / "deepmim-0")
 
 
-def test_what_is_missing_is_listed(runs):
-    save(runs / "mae-0/partial-2", {"val_accuracy": 0.5})
-    save(runs / "mae-0/finetune-100", {"val_accuracy": 0.5})
-    (runs / "mae-1/result.json").unlink()  # still at work
-    numbers, missing, text = reported(runs)
-    assert numbers["mae", 3][report.LOSS] == (0.5, 0, 2)
-    assert {"mae-1/result.json", "deepmim-0/partial-2/result.json", "scratch-2/knn/result.json",
-            "hybrid-1/finetune-100/result.json", "compare-0/heads.json"} <= set(missing)
-    assert not {"mae-0/result.json", "deepmim-1/partial-2/result.json", "scratch-0/result.json",
-                "hybrid-0/partial-2/result.json", "compare-0/cka.json"} & set(missing)
-    assert "compare-0/heads.json" in text and "(study-cka" in text and "(study-heads" not in text
-
-
-@pytest.mark.parametrize("name, content", [
-    ("mae-0/log.jsonl", ""), ("mae-0/log.jsonl", '{"epoch": 1}'), ("mae-0/knn/result.json", "[1]"),
-    ("mae-0/knn/result.json", '{"val_accuracy": "high"}'), ("compare-0/cka.json", '{"from": 3')])
-def test_damaged_files_are_refused_by_name(runs, name, content):
-    (runs / name).write_text(content)
-    with pytest.raises(options.BadInput, match=f"{name}: damaged"):
+def test_nothing_and_damaged_files_are_refused(runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(options.BadInput, match="empty: no directory with finished runs"):
+        report.main([str(tmp_path / "empty")])
+    (runs / "mae-0/cut-6/result.json").write_text('{"val_')
+    with pytest.raises(options.BadInput, match="cut-6/result.json: damaged"):
         report.main([str(runs), "--out", str(runs / "report")])
     assert not (runs / "report").exists()
 
@@ -116,23 +124,35 @@ def commands(*options):
     return subprocess.check_output(call, text=True).splitlines()
 
 
+def test_the_study_of_an_hour_is_one_seed_of_two_methods():
+    lines = commands("shapes", "--size", "hour")
+    assert [line.split(" --out ")[1].split("/")[-1] for line in lines] == [
+        "random-0", "mae-0", "deepmim-0", "compare-0", "report"]
+
+
 @pytest.mark.slow
-def test_the_smallest_study_fills_every_column_and_picture(monkeypatch, tmp_path):
+def test_the_smallest_study_fills_the_table_and_every_picture(monkeypatch, tmp_path):
     """All printed commands in one process, on a few pictures."""
-    parts = [shapes.Part(*shapes.make_shapes(n, "test"), list(shapes.FIGURES)) for n in (60, 20)]
+    parts = [shapes.Part(*shapes.make_shapes(n, "test"), list(shapes.FIGURES)) for n in (80, 20)]
     monkeypatch.setattr(shapes, "make_parts", lambda: parts)
+    monkeypatch.setattr(report, "FIGURES", {
+        name.replace("block 6", "block 1").replace("block 12", "block 3"): value
+        for name, value in report.FIGURES.items()})
     monkeypatch.chdir(tmp_path)
     *lines, last = commands("shapes", "--size", "smoke")
     for command in lines:
         equal = re.search(r"\$\(.* (\S+) (\S+)\)", command)
         epochs = report.equal_epochs(*map(Path, equal.groups())) if equal else ""
         _, script, *arguments = shlex.split(re.sub(r"\$\(.*\)", str(epochs), command))
-        SCRIPTS[script].main([*arguments, "--workers", "0", "--device", "cpu"])
+        if script in SCRIPTS:
+            SCRIPTS[script].main([*arguments, "--workers", "0", "--device", "cpu"])
     report.main(shlex.split(last)[3:])
     content = json.loads(Path("runs/study/smoke/report/study.json").read_text())
-    assert {row["arm"] for row in content["numbers"]} == {*report.ARMS, "taps-3", "taps-1-3"}
-    assert len(list(Path("runs/study/smoke/report").glob("*.png"))) == len(report.FIGURES)
-    assert all("-1/" in name for name in content["missing"])  # that seed is only pre-trained
+    assert {row["arm"] for row in content["numbers"]} == {
+        *report.ARMS, "taps-1-3", "depth-2", "mae-adamw", "deepmim-adamw", "mae-3", "deepmim-3",
+        "mae, another seed", "deepmim, another seed"}
+    drawn = {path.stem for path in Path("runs/study/smoke/report").glob("*.png")}
+    assert drawn == {f"study-{name.replace(' ', '-')}" for name in report.FIGURES}
 
 
 def test_an_arm_of_the_recipe_sees_what_its_cost_allows(images, tmp_path, monkeypatch):
