@@ -1,71 +1,104 @@
-"""Write the course hand-out: this project without the bodies of the ten functions of EXERCISES.md.
+"""The course hand-out: this project without the bodies of the functions of EXERCISES.md.
 
-    python -m course.handout write DIR
+    python -m course.handout write DIR          # for students, into a new directory
+    python -m course.handout grade DIR          # what comes back: a table of points; --json FILE
 
-Signature and docstring of each function stay, and so do the tests that grade it.
+Signature and docstring of each function stay, and so do the tests. To grade, each function of a
+student's is put into this project's own file, in a directory of its own, and this project's own
+tests run there. So one mistake costs one exercise, and edited tests change nothing. Grading runs
+the student's code: do it where that may do no harm.
 """
 
 import ast
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from support import options
 from support.options import BadInput
+from support.run import write_json
 
 HERE = Path(__file__).resolve().parent.parent
-COPIED = ("LICENSE", "README.md", "requirements.txt", "pyproject.toml", ".gitignore", "*.py",
-          "support/*.py", "course/__init__.py", "course/tutorial.py", "course/*.md",
-          "course/*.ipynb", "course/pictures/*.png", "study/README.md", "study/checkpoints/*.pt",
-          "tests/conftest.py")
+COPIED = ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "*.py", "support/*.py",
+          "course/__init__.py", "course/tutorial.py", "course/*.md", "course/*.ipynb",
+          "course/pictures/*.png", "study/README.md", "study/checkpoints/*.pt", "tests/conftest.py")
+SECONDS = 120  # that the tests of an exercise may take, torch's import included
 
 
 class Exercise(NamedTuple):
     """A function whose body is taken out. Its tests need no exercise that comes later."""
-
     file: str
     function: str           # "name" or "Class.name"
-    tests: tuple[str, ...]  # in tests/test_<file>
+    minutes: int            # that it takes, with its section of EXERCISES.md read
+    points: int
+    tests: tuple[str, ...]  # in tests/test_<file>, or in the file that is named
 
     @property
     def ids(self):
         """Its tests, as pytest names them."""
-        return [f"tests/test_{self.file}::{test}" for test in self.tests]
+        return [test if "::" in test else f"tests/test_{self.file}::{test}" for test in self.tests]
 
 
 EXERCISES = (
-    Exercise("deepmim.py", "patchify", (
+    Exercise("deepmim.py", "patchify", 15, 1, (
         "test_patchify_orders_patches_by_row_and_pixels_by_row_column_channel",)),
-    Exercise("deepmim.py", "random_masking", ("test_random_masking_keeps_the_smallest_noise",)),
-    Exercise("deepmim.py", "attention_map", (
+    Exercise("deepmim.py", "random_masking", 15, 1, (
+        "test_random_masking_keeps_the_smallest_noise",)),
+    Exercise("deepmim.py", "sine_cosine_positions", 30, 2, ("test_positions_are_the_formula",)),
+    Exercise("deepmim.py", "attention_map", 15, 1, (
         "test_attention_equals_torchs_own", "test_attention_in_bfloat16_is_the_same_formula")),
-    Exercise("deepmim.py", "PixelTargets.__call__", (
+    Exercise("deepmim.py", "PixelTargets.__call__", 20, 1, (
         "test_pixel_targets_are_normalised_patch_by_patch",)),
-    Exercise("analyze.py", "head_similarity", (
-        "test_head_similarity_of_known_cases", "test_head_similarity_equals_the_definition")),
-    Exercise("analyze.py", "linear_cka", (
-        "test_linear_cka_equals_the_definition_in_both_forms",
-        "test_linear_cka_is_blind_to_rotation_and_scale_but_not_to_stretching")),
-    Exercise("deepmim.py", "Decoder.forward", (
+    Exercise("deepmim.py", "reconstruction_loss", 10, 1, (
+        "test_loss_is_the_mean_over_hidden_patches_only",)),
+    Exercise("deepmim.py", "Decoder.forward", 45, 3, (
         "test_decoder_knows_patches_by_their_places_and_not_by_their_order",)),
-    Exercise("deepmim.py", "HybridTargets.__call__", (
+    Exercise("deepmim.py", "HybridTargets.__call__", 25, 2, (
         "test_hybrid_targets_go_from_teacher_to_image",)),
-    Exercise("deepmim.py", "DeepMIM.forward", (
+    Exercise("deepmim.py", "FeatureTargets.__call__", 30, 2, (
+        "tests/test_targets.py::test_feature_targets_are_normalised_tokens_of_the_whole_image",
+        "tests/test_targets.py::test_a_teacher_of_larger_images_sees_them_resized")),
+    Exercise("deepmim.py", "DeepMIM.forward", 45, 3, (
         "test_forward_is_the_papers_sum",
         "test_forward_gives_each_decoder_its_tap_and_its_target",
         "test_forward_draws_a_mask_where_none_is_asked_for",
         "test_a_teacher_stays_as_it_is_and_outside_the_student")),
-    Exercise("analyze.py", "unbiased_hsic", (
+    Exercise("analyze.py", "head_similarity", 20, 1, (
+        "test_head_similarity_of_known_cases", "test_head_similarity_equals_the_definition")),
+    Exercise("analyze.py", "linear_cka", 25, 2, (
+        "test_linear_cka_equals_the_definition_in_both_forms",
+        "test_linear_cka_is_blind_to_rotation_and_scale_but_not_to_stretching")),
+    Exercise("analyze.py", "unbiased_hsic", 45, 3, (
         "test_unbiased_hsic_is_the_mean_over_quadruples", "test_cka_keeps_its_invariances")),
+    Exercise("analyze.py", "ridge_probe", 40, 2, (
+        "test_ridge_probe_is_least_squares_with_rows_that_pull_the_weights_to_zero",)),
 )
+GRADERS = sorted({test.split("::")[0] for exercise in EXERCISES for test in exercise.ids})
+README = """# DeepMIM: the exercises
+
+Begin with course/TUTORIAL.md, or with course/EXERCISES.md if you know MAE.
+
+    python3 -m venv .venv && source .venv/bin/activate && pip install -r requirements.txt
+    python -m pytest -q tests     # all pass when all exercises are done
+    python train.py               # then trains a model with your code, on built-in pictures
+
+You write functions of deepmim.py and analyze.py and hand in these two files. Solutions are public,
+in the project that this is a part of: write your own first.
+"""
 
 
-def body_of(source, function):
-    """Where the body of a function lies after its docstring: (line before, last line, indent)."""
-    node = ast.parse(source)
+def find(text, function):
+    """The node of a function, "name" or "Class.name", in a file's text; KeyError without it."""
+    node = ast.parse(text)
     for name in function.split("."):
-        node = next(child for child in node.body if getattr(child, "name", None) == name)
-    docstring = node.body[0]
-    return docstring.end_lineno, node.end_lineno, docstring.col_offset
+        found = [child for child in node.body if getattr(child, "name", None) == name]
+        if not found:
+            raise KeyError(function)
+        node = found[0]
+    return node
 
 
 def without_bodies(file, first=1):
@@ -73,10 +106,31 @@ def without_bodies(file, first=1):
     lines = (HERE / file).read_text(encoding="utf-8").splitlines(keepends=True)
     for number, exercise in enumerate(EXERCISES, start=1):
         if exercise.file == file and number >= first:
-            start, end, indent = body_of("".join(lines), exercise.function)
+            node = find("".join(lines), exercise.function)
+            docstring = node.body[0]
             title = f"exercise {number}: {exercise.function}"
-            lines[start:end] = [f'{" " * indent}raise NotImplementedError("{title}")\n']
+            lines[docstring.end_lineno : node.end_lineno] = [
+                f'{" " * docstring.col_offset}raise NotImplementedError("{title}")\n']
     return "".join(lines)
+
+
+def with_function(file, function, students):
+    """The text of a file of this project with one function of a student's file in its place."""
+    lines = (HERE / file).read_text(encoding="utf-8").splitlines(keepends=True)
+    ours, theirs = find("".join(lines), function), find(students, function)
+    body = students.splitlines(keepends=True)[theirs.lineno - 1 : theirs.end_lineno]
+    body[-1] = body[-1].rstrip("\n") + "\n"
+    lines[ours.lineno - 1 : ours.end_lineno] = body
+    return "".join(lines)
+
+
+def copy(directory, patterns):
+    """Copy files of this project into a directory."""
+    for pattern in patterns:
+        for path in HERE.glob(pattern):
+            place = directory / path.relative_to(HERE)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
 
 
 def write(directory):
@@ -85,27 +139,73 @@ def write(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise BadInput(f"DIR: {directory} isn't empty; name a new directory")
-        exercised = {exercise.file for exercise in EXERCISES}
-        graders = [f"tests/test_{file}" for file in exercised]
-        for pattern in (*COPIED, *graders):
-            for path in HERE.glob(pattern):
-                place = directory / path.relative_to(HERE)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(path.read_bytes())
-        for file in exercised:
+        copy(directory, (*COPIED, *GRADERS))
+        (directory / "README.md").write_text(README, encoding="utf-8")
+        for file in {exercise.file for exercise in EXERCISES}:
             (directory / file).write_text(without_bodies(file), encoding="utf-8")
     except OSError as error:
         raise BadInput(f"DIR: {directory} can't be written to ({error.strerror})") from None
 
 
+def outcome(exercise, directory, seconds):
+    """What becomes of an exercise: "passed", or why not."""
+    try:
+        students = (directory / exercise.file).read_text(encoding="utf-8")
+        text = with_function(exercise.file, exercise.function, students)
+    except OSError:
+        return f"there is no {exercise.file}"
+    except (SyntaxError, ValueError) as error:
+        return f"{exercise.file} is no Python ({error})"
+    except KeyError:
+        return "the function isn't there"
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        copy(place, (*COPIED, *GRADERS))
+        (place / exercise.file).write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            ended = subprocess.run([*command, *exercise.ids], cwd=place, env=environment, text=True,
+                                   capture_output=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return f"not done after {seconds} s"
+    if ended.returncode == 0:
+        return "passed"
+    reasons = [line[2:].strip() for line in ended.stdout.splitlines() if line.startswith("E  ")]
+    return (reasons or ["the tests can't be run"])[0]
+
+
+def grade(directory, seconds=SECONDS):
+    """A row for each exercise: what became of it, and its points."""
+    rows = []
+    for number, exercise in enumerate(EXERCISES, start=1):
+        result = outcome(exercise, directory, seconds)
+        points = exercise.points if result == "passed" else 0
+        rows.append({"exercise": number, "function": exercise.function, "points": points,
+                     "of": exercise.points, "result": result})
+        print(f"{number:2}  {points} of {exercise.points}  {exercise.function}: {result}",
+              flush=True)
+    got, best = (sum(row[key] for row in rows) for key in ("points", "of"))
+    print(f"{got} of {best} points")
+    return {"points": got, "of": best, "exercises": rows}
+
+
 def main(argv=None):
-    """Write the hand-out, and say how to go on."""
+    """Write the hand-out, or grade one that comes back."""
     parser = options.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["write"])
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a new or empty directory")
-    directory = parser.parse(argv).directory
-    write(directory)
-    print(f"{directory.resolve()}: begin with course/EXERCISES.md in it")
+    parser.add_argument("command", choices=["write", "grade"])
+    parser.add_argument("directory", type=Path, metavar="DIR", help="new, or a student's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of grade: write the points")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="for each exercise's tests")
+    args = parser.parse(argv)
+    if args.command == "write":
+        write(args.directory)
+        print(f"{args.directory.resolve()}: begin with README.md in it")
+        return
+    options.require(args.directory.is_dir(), f"DIR: {args.directory} is no directory")
+    points = grade(args.directory, args.seconds)
+    if args.json:
+        write_json(args.json, points)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""The hand-out: without a body its tests fail for that reason, with it they pass; the texts fit."""
+"""The hand-out: without a body its tests fail for that reason, with it they pass, with a wrong one
+they fail; points; the texts fit."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -41,6 +44,15 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
 """
 
 
+def graded(root):
+    """{folder: (outcome, test, reason) of each test that is listed in it}."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
+    subprocess.run([sys.executable, "-c", GRADER, root], env=environment, check=True)
+    return {folder.name: re.findall(r"^(PASSED|FAILED) ([\w/.:]+)\S*(?: - (.*))?$",
+                                    (folder / "outcomes").read_text(), re.MULTILINE)
+            for folder in root.iterdir()}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """What pytest says, {test: {…}}, by the number of the first open exercise: of its tests, and
@@ -55,12 +67,8 @@ def outcomes(tmp_path_factory):
         for exercise in EXERCISES[max(0, first - 2) : first]:
             ids += exercise.ids
         (root / str(first) / "graders").write_text("\n".join(ids))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-    subprocess.run([sys.executable, "-c", GRADER, root], env=environment, check=True)
-    for folder in root.iterdir():
-        lines = re.findall(r"^(PASSED|FAILED) ([\w/.:]+)\S*(?: - (.*))?$",
-                           (folder / "outcomes").read_text(), re.MULTILINE)
-        said = found.setdefault(int(folder.name), {})
+    for name, lines in graded(root).items():
+        said = found.setdefault(int(name), {})
         for outcome, test, reason in lines:
             said.setdefault(test, set()).add(reason or outcome)
     return found
@@ -76,6 +84,124 @@ def test_a_body_decides_whether_its_tests_pass(outcomes, number):
         assert outcomes[number + 1][test] == {"PASSED"}, test
 
 
+WRONG = {  # three plausible mistakes in each function: (what is there, what is wrong)
+    "patchify": [("(p q c)", "(c p q)"), ("b (h w)", "b (w h)"), ("(p q c)", "(q p c)")],
+    "random_masking": [("argsort(dim=1)", "argsort(dim=1, descending=True)"),
+                       ("noise.argsort(dim=1)", "noise.argsort(dim=1).argsort(dim=1)"),
+                       ("(1 - mask_ratio)", "mask_ratio")],
+    "sine_cosine_positions": [("[columns, rows]", "[rows, columns]"), ("-(torch", "(torch"),
+                              ("[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]")],
+    "attention_map": [("** -0.5", "** -1"), ("softmax(dim=-1)", "softmax(dim=-2)"),
+                      ("q * q.shape[-1] ** -0.5", "q")],
+    "PixelTargets.__call__": [("ids_hide)  #", "ids_keep)  #"), ("x - mean", "x"),
+                              ("(x - mean) / deviation", "(x - x.mean()) / x.std()")],
+    "reconstruction_loss": [("F.mse_loss", "F.l1_loss"), (".mse_loss(", ".mse_loss(2 * "),
+                            ("if prediction.shape != target.shape:", "if False:")],
+    "Decoder.forward": [("1 + ids_keep, 1 + ids_hide", "ids_keep, ids_hide"),
+                        ("1 + ids_keep, 1 + ids_hide", "1 + ids_hide, 1 + ids_keep"),
+                        ("self.pred(self.norm(x))", "self.pred(x)")],
+    "HybridTargets.__call__": [
+        ("alpha * x + (1 - alpha)", "(1 - alpha) * x + alpha"), ("+ [x]", "+ [x_hat]"),
+        ("encoder(images, ids_keep)", "encoder.forward_intermediates(images, ids_keep)[-1]")],
+    "FeatureTargets.__call__": [("tokens[:, 1:]", "tokens[:, :-1]"), ("/ self.blocks", ""),
+                                ("ids_hide)]", "ids_keep)]")],
+    "DeepMIM.forward": [("outputs[tap - 1]", "outputs[tap - 2]"), ("losses.sum()", "losses.mean()"),
+                        ("[self.encoder.norm(outputs[-1])]", "[outputs[-1]]")],
+    "head_similarity": [("similarity.sum(dim=(1, 2)) - own", "similarity.sum(dim=(1, 2))"),
+                        ("heads * (heads - 1)", "heads**2"), ("F.normalize(x.flatten(2), dim=2)",
+                                                              "x.flatten(2)")],
+    "linear_cka": [("x - x.mean(dim=0), y - y.mean(dim=0)", "x, y"), (".square().sum()", ".norm()"),
+                   ("x.mean(dim=0)", "x.mean()")],
+    "unbiased_hsic": [("2 / (n - 2)", "1 / (n - 2)"), ("(n * (n - 3))", "(n * (n - 1))"),
+                      ("(n - 1) * (n - 2)", "n * (n - 1)")],
+    "ridge_probe": [("for rows in (x, queries))", "for rows in (x, 2 * queries))"),
+                    ("strength * torch", "len(x) * strength * torch"),
+                    (" + wanted.mean(dim=0)", " - 2 * wanted.mean(dim=0)")],
+}
+
+
+@pytest.mark.slow
+def test_wrong_solutions_are_caught(tmp_path):
+    for number, exercise in enumerate(EXERCISES, start=1):
+        for attempt, (right, wrong) in enumerate(WRONG[exercise.function]):
+            text = (HERE / exercise.file).read_text(encoding="utf-8")
+            node = handout.find(text, exercise.function)
+            lines = text.splitlines(keepends=True)
+            own = "".join(lines[node.body[0].end_lineno : node.end_lineno])
+            assert right in own, (exercise.function, right)
+            lines[node.body[0].end_lineno : node.end_lineno] = [own.replace(right, wrong)]
+            place = tmp_path / f"{number}-{attempt}"
+            handout.copy(place, (*handout.COPIED, *handout.GRADERS))
+            (place / exercise.file).write_text("".join(lines), encoding="utf-8")
+            (place / "graders").write_text("\n".join(exercise.ids))
+    found = graded(tmp_path)
+    assert len(found) == 3 * len(EXERCISES)
+    missed = [name for name, lines in found.items()
+              if all(outcome == "PASSED" for outcome, *_ in lines)]
+    assert not missed
+
+
+@pytest.fixture
+def student(tmp_path):
+    """A hand-out in which all exercises of deepmim.py are done, and none of analyze.py."""
+    place = tmp_path / "student"
+    handout.write(place)
+    shutil.copy(HERE / "deepmim.py", place)
+    return place
+
+
+def points(place, *more):
+    """{function: (points, result)} and the sum that grade gives."""
+    handout.main(["grade", str(place), "--json", str(place / "points.json"), *more])
+    content = json.loads((place / "points.json").read_text())
+    rows = {row["function"]: (row["points"], row["result"]) for row in content["exercises"]}
+    return rows, content
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Only three exercises, of two files, for each costs a start of Python."""
+    chosen = [e for e in EXERCISES if e.function in ("patchify", "attention_map", "linear_cka")]
+    monkeypatch.setattr(handout, "EXERCISES", chosen)
+
+
+@pytest.mark.slow
+def test_points_are_those_of_what_passes(few, student, capsys):
+    found, content = points(student)
+    assert found["patchify"] == (1, "passed") and found["attention_map"] == (1, "passed")
+    assert found["linear_cka"] == (0, "NotImplementedError: exercise 12: linear_cka")
+    assert (content["points"], content["of"]) == (2, 4)
+    assert capsys.readouterr().out.endswith("2 of 4 points\n")
+
+
+@pytest.mark.slow
+def test_one_mistake_costs_one_exercise_and_edited_tests_change_nothing(few, student):
+    text = (student / "deepmim.py").read_text()
+    (student / "deepmim.py").write_text(text.replace('"b c (h p) (w q) -> b (h w) (p q c)"',
+                                                     '"b c (h p) (w q) -> b (h w) (c p q)"'))
+    for file in student.glob("tests/*.py"):
+        file.write_text("def test_nothing():\n    pass\n")
+    found, _ = points(student)
+    assert found["patchify"][0] == 0 and found["attention_map"] == (1, "passed")
+
+
+@pytest.mark.slow
+def test_what_loops_for_ever_or_does_not_import_costs_its_points(few, student):
+    text = (student / "deepmim.py").read_text()
+    endless = "    while True:\n        pass\n    return rearrange(images,"
+    (student / "deepmim.py").write_text(text.replace("    return rearrange(images,", endless, 1))
+    (student / "analyze.py").write_text("def linear_cka(x, y:\n")
+    found, content = points(student, "--seconds", "25")
+    assert found["patchify"] == (0, "not done after 25 s")
+    assert found["attention_map"] == (1, "passed") and content["points"] == 1
+    assert found["linear_cka"][1].startswith("analyze.py is no Python")
+    (student / "analyze.py").unlink()
+    (student / "deepmim.py").write_text("import torch\n")
+    found, content = points(student)
+    assert content["points"] == 0 and found["linear_cka"][1] == "there is no analyze.py"
+    assert found["patchify"][1] == "the function isn't there"
+
+
 def test_the_hand_out_holds_what_it_should(written):
     held = {str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()}
     for name in ("pyproject.toml", "train.py", "support/run.py", "course/EXERCISES.md",
@@ -83,8 +209,10 @@ def test_the_hand_out_holds_what_it_should(written):
                  "study/checkpoints/mae-cifar10-nano.pt", "tests/test_deepmim.py"):
         assert name in held
     tests = [name for name in held if name.startswith("tests/")]
-    assert len(tests) == 1 + len(FILES) and "course/handout.py" not in held
-    for name in held:
+    assert len(tests) == 1 + len(handout.GRADERS) and "course/handout.py" not in held
+    assert (written / "README.md").read_text() == handout.README
+    assert handout.README.count("\n") <= 12
+    for name in held - {"README.md"}:
         if name not in FILES:
             assert (written / name).read_bytes() == (HERE / name).read_bytes(), name
 
@@ -102,6 +230,11 @@ def test_the_text_has_the_exercises_and_their_commands():
     _, *sections = re.split(r"^## \d+\. ", TEXT, flags=re.MULTILINE)
     for exercise, section in zip(EXERCISES, sections, strict=True):
         assert f"`{exercise.function}` in `{exercise.file}`" in section and "<details>" in section
-        section = section.split("\n## ")[0].replace("\\\n", "")
+        assert f" · {exercise.minutes} minutes · " in section
+        assert f" · {exercise.points} point" in section
+        node = handout.find((HERE / exercise.file).read_text(), exercise.function)
+        lines = node.end_lineno - node.body[0].end_lineno
+        assert f" · {lines} line" in section
+        section = section.split("\n# ")[0].split("\n## ")[0].replace("\\\n", "")
         command = ["python", "-m", "pytest", "-q", *exercise.ids]
         assert section.split()[-len(command) :] == command
