@@ -1,6 +1,7 @@
 """TUTORIAL.md and tutorial.py: every number holds, and every picture is the one that is shown."""
 
 import doctest
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from course import tutorial
+from course import notebook, tutorial
 from support.options import BadInput
 
 COURSE = Path(tutorial.__file__).parent
@@ -48,3 +49,28 @@ def test_what_is_no_image_is_refused(tmp_path, content):
     with pytest.raises(BadInput, match="^--image: .*notes.jpg can't be read"):
         tutorial.main(["--image", str(path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_notebook_is_the_tutorial():
+    """As `python -m course.notebook` writes it, with every line of code and picture."""
+    shipped = json.loads((COURSE / "tutorial.ipynb").read_text(encoding="utf-8"))
+    assert shipped == notebook.notebook()
+    code = "".join("".join(cell["source"]) + "\n" for cell in shipped["cells"]
+                   if cell["cell_type"] == "code")
+    for line in re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", TEXT, re.MULTILINE):
+        assert line in code
+    prose = "".join("".join(cell["source"]) for cell in shipped["cells"])
+    assert prose.count("data:image/png;base64,") == TEXT.count("](pictures/")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom():
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    content = nbformat.read(COURSE / "tutorial.ipynb", as_version=4)
+    nbclient.NotebookClient(content, timeout=600, resources={
+        "metadata": {"path": str(COURSE)}}).execute()
+    pictures = [output for cell in content.cells for output in cell.get("outputs", ())
+                if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
