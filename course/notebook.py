@@ -25,10 +25,8 @@ sys.path.insert(0, os.getcwd())
 missing = [name for name in ("torch", "torchvision", "einops", "tqdm", "matplotlib")
            if not importlib.util.find_spec(name)]
 if missing:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
-import torch
-torch.set_grad_enabled(True)"""
-TRAINING = """import io, time
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)"""
+TRAINING = """import io
 from IPython.display import Image, display
 from deepmim import SIZES, Config, DeepMIM
 from support import data, figures, shapes
