@@ -102,7 +102,7 @@ def label(axis, texts, places, pitch=1):
 
 def row_of(columns):
     """A figure of pictures side by side, {title: (1, 3, 32, 32) in 0 … 1}."""
-    figure, axes = panels(len(columns), None, 1.7, 2.1)
+    figure, axes = panels(len(columns), "", 1.7, 2.1)
     for axis, (title, pixels) in zip(axes, columns.items()):
         show(axis, pixels, title)
     return figure
@@ -123,7 +123,7 @@ def draw_patches(walk):
     tiles = rearrange(patchify(walk.pixels, PATCH), "1 n (p q c) -> n c p q", p=PATCH, q=PATCH)
     tiles = F.pad(tiles, (1, 1, 1, 1), value=1.0)  # a white border
     apart = rearrange(tiles, "(h w) c p q -> 1 c (h p) (w q)", h=LINE)
-    figure, (left, right) = panels(2, None, 4.2, 4.4)
+    figure, (left, right) = panels(2, "", 4.2, 4.4)
     show(left, walk.pixels, "the image, 32 × 32 pixels")
     show(right, apart, "its 64 patches of 4 × 4 pixels, row by row")
     label(right, range(LINE**2), range(LINE**2), pitch=PATCH + 2)
@@ -133,7 +133,7 @@ def draw_patches(walk):
 def draw_mask(walk):
     """From noise to a mask: the noise, its order, and the patches that stay visible."""
     noise, order, ids_keep = walk.noise[0], walk.noise[0].argsort(), walk.ids_keep[0]
-    figure, (first, second, third) = panels(3, None, 3.6, 3.9)
+    figure, (first, second, third) = panels(3, "", 3.6, 3.9)
     squares(first, noise[order], order, "noise: a number for each patch", "cividis")
     label(first, [f"{value:.2f}" for value in noise[order].tolist()], order)
     title = "place in rising order;\nthose below 16 stay visible"

@@ -116,7 +116,7 @@ WRONG = {  # three plausible mistakes in each function: (what is there, what is 
                       ("(n - 1) * (n - 2)", "n * (n - 1)")],
     "ridge_probe": [("for rows in (x, queries))", "for rows in (x, 2 * queries))"),
                     ("strength * torch", "len(x) * strength * torch"),
-                    (" + wanted.mean(dim=0)", " - 2 * wanted.mean(dim=0)")],
+                    ("std_mean(x.double(), dim=0)", "std_mean(x.double())")],
 }
 
 
@@ -169,7 +169,7 @@ def few(monkeypatch):
 def test_points_are_those_of_what_passes(few, student, capsys):
     found, content = points(student)
     assert found["patchify"] == (1, "passed") and found["attention_map"] == (1, "passed")
-    assert found["linear_cka"] == (0, "NotImplementedError: exercise 12: linear_cka")
+    assert found["linear_cka"] == (0, "NotImplementedError: exercise 3: linear_cka")  # of few
     assert (content["points"], content["of"]) == (2, 4)
     assert capsys.readouterr().out.endswith("2 of 4 points\n")
 
