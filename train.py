@@ -17,15 +17,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from deepmim import (
-    SIZES,
-    Config,
-    DeepMIM,
-    FeatureTargets,
-    HogTargets,
-    HybridTargets,
-    PixelTargets,
-)
+from deepmim import SIZES, Config, DeepMIM, FeatureTargets, HogTargets, HybridTargets, PixelTargets
 from support import checkpoint, data, figures, options, teacher
 from support.machine import distribute, gradients_averaged, start
 from support.optimizer import make_optimizers, make_schedule, randomness, set_lr
@@ -42,7 +34,6 @@ PRESETS = {
     "imagenet": dict(SIZES["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4,
                      warmup_epochs=40),
 }
-
 TARGETS = {"pixels": PixelTargets, "hog": HogTargets, "hybrid": HybridTargets,
            "features": FeatureTargets}
 
