@@ -47,7 +47,7 @@ PRESETS = {
     "cifar10": dict(MAE, size="tiny", data="cifar10", lr=2e-3, randaugment=9),
     "imagenet": dict(MAE, size="base", data="imagenet", blr=5e-4, layer_decay=0.65, randaugment=27),
 }
-LINEAR_PROBE = dict(optimizer="adamw", weight_decay=0, smoothing=0, mixup=0, cutmix=0,
+LINEAR_PROBE = dict(optimizer="adamw", lr=1e-2, weight_decay=0, smoothing=0, mixup=0, cutmix=0,
                     randaugment=0, erasing=0)
 MODEL_OPTIONS = ("image_size", "patch_size", "channels", "dim", "depth", "heads")
 CROP_SCALE = (0.08, 1)   # of RandomResizedCrop, as in MAE's code; pre-training keeps more

@@ -71,9 +71,10 @@ class Parser(argparse.ArgumentParser):
         first.add_argument("--preset", default="shapes")
         first.add_argument("--linear-probe", action="store_const", const=linear_probe, default={})
         given, _ = first.parse_known_args(argv)
-        recipe = {"lr": None, "blr": None, **(presets or {}).get(given.preset, {})}
+        recipe = {"lr": None, "blr": None, **(presets or {}).get(given.preset, {}),
+                  **given.linear_probe}
         lr, blr = recipe.pop("lr"), recipe.pop("blr")
-        self.set_defaults(**recipe | given.linear_probe)
+        self.set_defaults(**recipe)
         args = self.parse_args(argv)
         for (low, high), names in RANGES.items():
             for name in names.split():

@@ -28,6 +28,19 @@ def test_a_given_rate_goes_over_the_presets(monkeypatch, preset, arguments, expe
     assert train.parse(["--batch-size", "64", *arguments]).lr == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("arguments, expected", [
+    ([], 1e-2), (["--preset", "imagenet"], 1e-2), (["--lr", "3"], 3), (["--blr", "4"], 0.5)])
+def test_a_linear_probe_has_a_rate_of_its_own(arguments, expected):
+    args = finetune.parse(["--scratch", "--linear-probe", *arguments, "--data", ""])
+    assert args.lr == pytest.approx(expected) and args.optimizer == "adamw"
+
+
+@pytest.mark.parametrize("out", ["shapes/first", "cifar10/x"])
+def test_a_run_may_lie_in_a_folder_that_is_called_like_built_in_data(out):
+    for name in ("shapes", "cifar10"):
+        assert train.parse(["--data", name, "--out", out]).out == out
+
+
 @pytest.mark.parametrize("script, start", [(train, []), (finetune, ["--scratch"])])
 def test_presets_set_options_that_exist(monkeypatch, script, start):
     presets = script.PRESETS
