@@ -38,6 +38,8 @@ ARMS = {  # options over those of the first arm, and a constant of support/optim
     "base": "",
     "shift-4": "--shift 4",
     "shift-4-one-rate": "--shift 4 --lr 6e-3 BESIDE_MUON=1",
+    "shift-4-two-epochs-muon": "--shift 4 --epochs 2 --limit 45000",
+    "shift-4-two-epochs-adamw": "--shift 4 --epochs 2 --limit 45000 --optimizer adamw --lr 1e-3",
     "beside-0.3": "BESIDE_MUON=0.3",
     "muon-6e-3": "--lr 6e-3",
     "muon-24e-3": "--lr 24e-3",
