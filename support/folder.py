@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from support.optimizer import randomness
 from support.options import BadInput, require
 
-# For other formats, such as EPS, Pillow starts programs.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
+FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+           if name in Image.OPEN]  # for others, such as EPS, Pillow starts programs
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 LOOKED_AT = 200  # files of a data set, to find the range of values of deep images
 
