@@ -22,7 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for processes that tes
 TINY = Config(image_size=8, patch_size=2, dim=16, depth=3, heads=2, decoder_dim=8, decoder_depth=1,
               decoder_heads=2, taps=(1, 2, 3))
 SIZES = "--image-size 8 --patch-size 2 --dim 16 --depth 3 --heads 2".split()
-DECODER = "--mask-ratio 0.75 --decoder-dim 8 --decoder-depth 1 --decoder-heads 2 --taps 1,2,3".split()
+DECODER = ("--mask-ratio 0.75 --decoder-dim 8 --decoder-depth 1 --decoder-heads 2 "
+           "--taps 1,2,3").split()
 COMMON = "--batch-size 6 --epochs 2 --workers 0 --device cpu".split()
 AUGMENTED = "--drop-path 0.3 --mixup 0.8 --cutmix 1 --randaugment 9 --erasing 0.5".split()
 

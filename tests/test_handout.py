@@ -166,23 +166,17 @@ def few(monkeypatch):
 
 
 @pytest.mark.slow
-def test_points_are_those_of_what_passes(few, student, capsys):
-    found, content = points(student)
-    assert found["patchify"] == (1, "passed") and found["attention_map"] == (1, "passed")
-    assert found["linear_cka"] == (0, "NotImplementedError: exercise 3: linear_cka")  # of few
-    assert (content["points"], content["of"]) == (2, 4)
-    assert capsys.readouterr().out.endswith("2 of 4 points\n")
-
-
-@pytest.mark.slow
-def test_one_mistake_costs_one_exercise_and_edited_tests_change_nothing(few, student):
+def test_one_mistake_costs_one_exercise_and_edited_tests_change_nothing(few, student, capsys):
     text = (student / "deepmim.py").read_text()
     (student / "deepmim.py").write_text(text.replace('"b c (h p) (w q) -> b (h w) (p q c)"',
                                                      '"b c (h p) (w q) -> b (h w) (c p q)"'))
     for file in student.glob("tests/*.py"):
         file.write_text("def test_nothing():\n    pass\n")
-    found, _ = points(student)
+    found, content = points(student)
     assert found["patchify"][0] == 0 and found["attention_map"] == (1, "passed")
+    assert found["linear_cka"] == (0, "NotImplementedError: exercise 3: linear_cka")  # of few
+    assert (content["points"], content["of"]) == (1, 4)
+    assert capsys.readouterr().out.endswith("1 of 4 points\n")
 
 
 @pytest.mark.slow
@@ -191,8 +185,8 @@ def test_what_loops_for_ever_or_does_not_import_costs_its_points(few, student):
     endless = "    while True:\n        pass\n    return rearrange(images,"
     (student / "deepmim.py").write_text(text.replace("    return rearrange(images,", endless, 1))
     (student / "analyze.py").write_text("def linear_cka(x, y:\n")
-    found, content = points(student, "--seconds", "25")
-    assert found["patchify"] == (0, "not done after 25 s")
+    found, content = points(student, "--seconds", "15")
+    assert found["patchify"] == (0, "not done after 15 s")
     assert found["attention_map"] == (1, "passed") and content["points"] == 1
     assert found["linear_cka"][1].startswith("analyze.py is no Python")
     (student / "analyze.py").unlink()

@@ -114,7 +114,7 @@ def test_processes_and_parts_have_the_gradients_of_one(tmp_path):
 def test_a_probe_of_two_processes_is_measured_as_it_is_saved(call, images, tmp_path, capsys):
     torchrun("finetune.py", *arguments_of("finetune", images, "--linear-probe", "--out", tmp_path))
     call("finetune", "--eval", "--init", tmp_path / "model.pt")
-    found, expected = json.loads(capsys.readouterr().out), log(tmp_path)[-1]
+    found, expected = json.loads(capsys.readouterr().out.splitlines()[-1]), log(tmp_path)[-1]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
 
 
