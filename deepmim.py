@@ -305,6 +305,14 @@ class PixelTargets:
         return [x] * len(self.config.taps)
 
 
+def check_teacher(config, teacher, fields):
+    """Raise ValueError where a teacher's Config differs from the student's in one of fields."""
+    for field in fields:
+        ours, theirs = getattr(config, field), getattr(teacher.config, field)
+        if ours != theirs:
+            raise ValueError(f"teacher: {field} is {theirs}, the student's {ours}")
+
+
 class HybridTargets:
     """t_i = α_i x + (1 − α_i) x̂ for intermediate taps, x for the last (paper, hybrid targets).
     x̂ is what the teacher, a trained MAE, predicts from the same patches. A small α asks for this
@@ -314,10 +322,8 @@ class HybridTargets:
     target_dim = None
 
     def __init__(self, config, teacher, alphas=None):
-        for field in ("image_size", "patch_size", "channels", "norm_pix", "target_dim"):
-            ours, theirs = getattr(config, field), getattr(teacher.config, field)
-            if ours != theirs:
-                raise ValueError(f"teacher: {field} is {theirs}, the student's {ours}")
+        fields = "image_size", "patch_size", "channels", "norm_pix", "target_dim"
+        check_teacher(config, teacher, fields)
         n = len(config.taps) - 1
         self.alphas = [i / n for i in range(n)] if alphas is None else list(alphas)
         if len(self.alphas) != n or not all(0 <= alpha <= 1 for alpha in self.alphas):
@@ -340,10 +346,7 @@ class FeatureTargets:
     ViT, or has its `config` and `forward_intermediates`. ValueError where it cuts images into
     another number of patches, or has fewer blocks."""
     def __init__(self, config, encoder, blocks=1):
-        for field in ("channels", "patches"):
-            ours, theirs = getattr(config, field), getattr(encoder.config, field)
-            if ours != theirs:
-                raise ValueError(f"teacher: {field} is {theirs}, the student's {ours}")
+        check_teacher(config, encoder, ("channels", "patches"))
         if blocks > encoder.config.depth:
             raise ValueError(f"teacher_blocks: the teacher has only {encoder.config.depth}")
         self.config, self.encoder, self.blocks = config, encoder, blocks

@@ -73,7 +73,10 @@ def read_model(path, heads=None, norm_pix=True):
     if "config" in content:
         config = make_config(path, content["config"])
     else:
-        found = names.to_maes(state)
+        try:
+            found = names.to_maes(state)
+        except BadInput as error:
+            raise BadInput(f"{path}: {error}") from None
         config = sizes_of(found, heads, norm_pix, path)
         guesses = [] if heads else [f"{config.heads} heads, as is usual at its width"]
         if "decoder_pred.weight" in found:

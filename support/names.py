@@ -5,6 +5,8 @@ import re
 
 import torch
 
+from support.options import BadInput
+
 PREFIX = re.compile(r"^((module|_orig_mod|model|backbone|encoder|vit)\.)+")
 RULES = [(re.compile(pattern), name) for pattern, name in (  # Hugging Face's → MAE's, one by one
     (r"^decoder\.", ""),
@@ -41,10 +43,12 @@ NOT_NEEDED = re.compile(  # of an encoder whose features a head of its own doesn
 
 
 def to_maes(state):
-    """A state_dict of timm's, MAE's or Hugging Face's, wrapped or not, under MAE's names."""
-    found = {}
-    for name, value in state.items():
-        name = PREFIX.sub("", name)
+    """A state_dict of timm's, MAE's or Hugging Face's, wrapped or not, under MAE's names. Raises
+    BadInput where prefixes tell two models apart, such as one in training and its average."""
+    found, stripped = {}, {PREFIX.sub("", name): value for name, value in state.items()}
+    if len(stripped) < len(state):
+        raise BadInput("it holds two models; keep the weights of one")
+    for name, value in stripped.items():
         if not name.startswith("decoders."):  # ours, without a config
             for pattern, new in RULES:
                 name = pattern.sub(new, name)

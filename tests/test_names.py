@@ -172,3 +172,13 @@ def test_mae_names_are_those_of_its_code():
         "norm.bias", "mask_token", "decoder_pos_embed", "decoder_embed.weight",
         "decoder_embed.bias", "decoder_norm.weight", "decoder_norm.bias", "decoder_pred.weight",
         "decoder_pred.bias"}
+
+
+def test_two_models_in_one_file_are_refused(tmp_path):
+    """One would silently win, such as an average that was saved beside the weights."""
+    one, other = ViT(TINY).state_dict(), perturbed(ViT(TINY)).state_dict()
+    both = {**{f"module.{name}": value for name, value in one.items()},
+            **{f"model.{name}": value for name, value in other.items()}}
+    torch.save(both, tmp_path / "vit.pt")
+    with pytest.raises(BadInput, match="vit.pt: it holds two models"):
+        checkpoint.load_frozen(tmp_path / "vit.pt", heads=2)
