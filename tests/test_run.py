@@ -197,7 +197,7 @@ def test_more_epochs_than_a_run_had_are_told_how_to_train_on(call, tmp_path):
 
 
 def test_tensorboard_gets_the_log_and_the_picture(call, tmp_path, monkeypatch):
-    """Of a stand-in where the package isn't there; of tensorboard itself where it is."""
+    """A stand-in for the package, which isn't needed otherwise; without it, a line."""
     said = Mock()
     module = Mock(SummaryWriter=Mock(return_value=said))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
