@@ -286,7 +286,8 @@ def nearest_neighbours(features, labels, queries, classes, k):
 
 
 def load_classifier(args, machine):
-    """(the fine-tuned Classifier of --init, what else its file holds) for --eval and --predict."""
+    """(the fine-tuned Classifier of --init, its classes) for --eval and --predict.
+    Sets args.value_range, where it isn't given, to that of training."""
     given = [options.option(name) for name in MODEL_OPTIONS if getattr(args, name) is not None]
     require(not given, f"--init: {args.init} is taken as it is; leave {', '.join(given)} out")
     content = checkpoint.read(args.init)
@@ -295,15 +296,14 @@ def load_classifier(args, machine):
     config, state, _ = checkpoint.read_model(args.init)
     model = Classifier(config, len(content["classes"]), content["pool"], content["linear_probe"])
     checkpoint.load_weights(model, state, args.init)
-    return model.to(machine.device).eval(), content
+    args.value_range = args.value_range or content.get("value_range")
+    return model.to(machine.device).eval(), content["classes"]
 
 
 def evaluate_checkpoint(args, machine):
     """--eval: write loss, accuracies and confusions on the held-out images of --data."""
-    model, content = load_classifier(args, machine)
-    classes = content["classes"]
-    part = data.find_held_out(
-        args.data, machine, classes, args.value_range or content.get("value_range"))
+    model, classes = load_classifier(args, machine)
+    part = data.find_held_out(args.data, machine, classes, args.value_range)
     require(part.classes == classes, f"--data: {args.init} knows {', '.join(classes)}, and not "
             f"{', '.join(part.classes or ['images without classes'])}")
     images = data.prepare(part, model.encoder.config, machine, args.workers)
@@ -321,15 +321,12 @@ def evaluate_checkpoint(args, machine):
 @torch.no_grad()
 def predict(args, machine):
     """--predict: write the five likeliest classes of each image of a folder, with probabilities."""
-    model, content = load_classifier(args, machine)
-    part = folder.labelled(Path(args.predict), machine, [])
+    model, classes = load_classifier(args, machine)
+    part = folder.labelled(Path(args.predict), machine, [])._replace(value_range=args.value_range)
     if args.skip_damaged:
         part = folder.without_damaged(part, machine, args.workers)
-    value_range = args.value_range or content.get("value_range")
-    part = part._replace(value_range=value_range or folder.find_value_range(part.items, machine))
     images = data.prepare(part, model.encoder.config, machine, args.workers)
-    classes, table, bar = content["classes"], io.StringIO(), machine.progress(len(images), "images")
-    best = min(5, len(classes))
+    table, bar, best = io.StringIO(), machine.progress(len(images), "images"), min(5, len(classes))
     lines, files = csv.writer(table), iter(part.items)
     lines.writerow(["file"] + [f"{word}_{i + 1}" for i in range(best)
                                for word in ("class", "probability")])
@@ -397,7 +394,7 @@ def main(argv=None):
         run.finish_epoch(record, {
             "config": asdict(config), "model": model.state_dict(), "classes": classes,
             "pool": args.pool, "linear_probe": args.linear_probe,
-            "value_range": train.value_range})
+            "value_range": args.value_range})
         machine.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation accuracy "
                       f"{record['val_accuracy']:.2%}  {speed:.0f} images/s")
         if machine.is_main_process:  # after what matters is safe

@@ -184,14 +184,13 @@ def load_frozen(path, device="cpu", decoders=False, heads=None, norm_pix=True):
 
 def exported(path, to):
     """The weights of a model of ours under the names of timm, of MAE's code, or of Hugging Face."""
-    content, (_, state, _) = read(path), read_model(path)
+    config, state, _ = read_model(path)
     encoder = {name.removeprefix("encoder."): value for name, value in state.items()
                if not name.startswith("decoders.")}
     if to == "timm":
         require("head.1.weight" not in encoder, f"{path}: timm has no batch norm before its head")
         return encoder
-    taps = content["config"]["taps"] if "config" in content else ()
-    prefix = f"decoders.{len(taps) - 1}."
+    prefix = f"decoders.{len(config.taps) - 1}."
     decoder = {name.removeprefix(prefix): value for name, value in state.items()
                if name.startswith(prefix)}
     require(decoder, f"{path}: it has no decoder; timm takes the encoder alone")

@@ -51,9 +51,8 @@ def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1,
     if name in SOURCES:
         train, held_out = SOURCES[name](machine)
     else:
-        train, held_out = folder.find(name, machine)
-        value_range = value_range or folder.find_value_range(train.items, machine)
-        train, held_out = (part._replace(value_range=value_range) for part in (train, held_out))
+        parts = folder.find(name, machine)
+        train, held_out = (part._replace(value_range=value_range) for part in parts)
         if skip_damaged:
             train = folder.without_damaged(train, machine, workers)
             held_out = folder.without_damaged(held_out, machine, workers)
@@ -76,7 +75,6 @@ def find_held_out(name, machine, classes=None, value_range=None):
         return find(name, machine, value_range=value_range)[1]
     beside = [root / part for part in ("val", "test") if (root / part).is_dir()]
     part = folder.labelled((beside or [root])[0], machine, classes or [])
-    value_range = value_range or folder.find_value_range(part.items, machine)
     return part._replace(value_range=value_range)
 
 

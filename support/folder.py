@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,6 @@ Image.init()
 FORMATS = [name for name in ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
            if name in Image.OPEN]  # for others, such as EPS, Pillow starts programs
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-LOOKED_AT = 200  # files of a data set, to find the range of values of deep images
 
 
 class Part(NamedTuple):
@@ -78,24 +76,19 @@ def find(root, machine):
     return part.split(math.ceil(n / 20), "held out")
 
 
-def class_folders(directory):
-    """The names of the folders in a directory, sorted; BadInput where it can't be read."""
-    try:
-        return sorted(path.name for path in directory.iterdir()
-                      if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise BadInput(f"--data: {directory} can't be used ({error})") from None
-
-
 def labelled(directory, machine, classes=None):
     """The Part of directory/<class>/*, of these classes if given; of all below it without any.
     Says how many images there are, and how many files were not taken."""
-    found = class_folders(directory)
+    try:
+        inside = sorted(directory.iterdir())
+    except OSError as error:
+        raise BadInput(f"--data: {directory} can't be used ({error})") from None
+    found = [path.name for path in inside if path.is_dir() and not path.name.startswith(".")]
     classes = found if classes is None else classes
     differ = sorted(set(classes) ^ set(found)) if classes else ()
     require(not differ, f"--data: {directory} must have the classes of the training images; "
             f"these are in one only: {', '.join(differ)}")
-    stray = [path for path in directory.iterdir() if path.suffix.lower() in SUFFIXES]
+    stray = [path for path in inside if path.suffix.lower() in SUFFIXES]
     require(not (classes and stray), f"--data: {stray[:1]} lies beside class folders")
     paths, labels, others = [], [], Counter()
     for label, name in enumerate(classes) if classes else [(-1, "")]:
@@ -108,17 +101,10 @@ def labelled(directory, machine, classes=None):
     return Part(paths, torch.tensor(labels), classes or None)
 
 
-def read_head(path):
-    """A file as a Pillow image whose pixels are not read yet."""
-    with warnings.catch_warnings():  # a photo of 100 million pixels is a photo
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path, formats=FORMATS)
-
-
 def open_image(path):
     """A file as a Pillow image that stands upright; raises BadInput."""
     try:
-        image = read_head(path)
+        image = Image.open(path, formats=FORMATS)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
@@ -127,42 +113,19 @@ def open_image(path):
                        "use --skip-damaged") from None
 
 
-def is_deep(image):
-    """Whether an image has more than 8 bits a value: whole numbers to 32 bits, or floats."""
-    return image.mode[0] in "IF"
-
-
-def find_value_range(paths, machine):
-    """(the lowest, the highest) value of deep images of a data set, or None. It looks at LOOKED_AT
-    files, evenly spread, and says what it found."""
-    low, high = math.inf, -math.inf
-    step = max(1, len(paths) // LOOKED_AT)
-    for path in paths[::step]:
-        try:
-            image = read_head(path)
-            values = np.asarray(image, dtype=float) if is_deep(image) else np.zeros(0)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # reading it for training will say so
-        values = values[np.isfinite(values)]
-        if len(values):
-            low, high = min(low, float(values.min())), max(high, float(values.max()))
-    if low == math.inf:
-        return None
-    machine.print(f"values of {low:g} become black, of {high:g} white, as in {len(paths[::step])} "
-                  f"of {len(paths)} files; --value-range {low:g},{high:g} says so for other images")
-    return low, high
-
-
 def read_image(path, channels, value_range=None):
     """A file as a Pillow image of 1 or 3 channels: grey, palette, CMYK, LAB, RGBA … before.
-    Values of more than 8 bits are scaled by value_range, (black, white); others stay as they are.
-    """
+    Values of 8 bits stay as they are. Others, whole numbers or floats, need a value_range, which
+    is (black, white) for all images of a data set; raises BadInput."""
     image = open_image(path)
-    if is_deep(image):
-        require(value_range, f"{path}: it has more than 8 bits a value; say --value-range LOW,HIGH")
+    if image.mode[0] in "IF":
+        values = np.asarray(image, dtype=float)
+        if not value_range:
+            raise BadInput(f"{path}: not of 8 bits but with values of {np.nanmin(values):g} to "
+                           f"{np.nanmax(values):g}; say which are black and white in all images: "
+                           "--value-range LOW,HIGH")
         low, high = value_range
-        values = np.nan_to_num(np.asarray(image, dtype=float), nan=low)
-        share = (values - low) / max(high - low, 1e-30)
+        share = (np.nan_to_num(values, nan=low) - low) / (high - low)
         image = Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8))
     if "transparency" in image.info:
         image = image.convert("RGBA")

@@ -8,7 +8,7 @@ import torch
 from support.options import BadInput
 
 PREFIX = re.compile(r"^((module|_orig_mod|model|backbone|encoder|vit)\.)+")
-RULES = [(re.compile(pattern), name) for pattern, name in (  # Hugging Face's → MAE's, one by one
+RULES = [  # Hugging Face's → MAE's, one by one
     (r"^decoder\.", ""),
     (r"^embeddings\.", ""),
     (r"^position_embeddings", "pos_embed"),
@@ -23,7 +23,7 @@ RULES = [(re.compile(pattern), name) for pattern, name in (  # Hugging Face's �
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"^classifier\.", "head."),
-)]
+]
 BACK = [  # MAE's → those of transformers 5
     (r"^(decoder_|mask_token)", r"decoder.\1"),
     (r"^(cls_token|pos_embed|patch_embed)", r"vit.embeddings.\1"),
@@ -51,7 +51,7 @@ def to_maes(state):
     for name, value in stripped.items():
         if not name.startswith("decoders."):  # ours, without a config
             for pattern, new in RULES:
-                name = pattern.sub(new, name)
+                name = re.sub(pattern, new, name)
         found[name] = value
     for name in [name for name in found if ".attn.q." in name]:
         apart = [name.replace(".q.", f".{letter}.") for letter in "qkv"]

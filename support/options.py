@@ -114,7 +114,7 @@ def add_training_options(parser):
     add("--limit", type=int, help="use this many training images")
     add("--shift", type=int, default=4, help="pixels that images to 64 px move, at 32")
     add("--value-range", type=number_list, metavar="LOW,HIGH",
-        help="black and white in images of more than 8 bits; else found in them")
+        help="values of black and white, for images of more than 8 bits")
     add("--skip-damaged", action="store_true", help="leave out files that can't be decoded")
     group = parser.add_argument_group("training")
     add, rate = group.add_argument, group.add_mutually_exclusive_group().add_argument
