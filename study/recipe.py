@@ -49,6 +49,7 @@ ARMS = {  # options over those of the first arm, and a constant of support/optim
     "nano-adamw-2e-3": "--optimizer adamw --lr 2e-3",
     "nano-batch-32": "--batch-size 32 --lr 8.5e-3",
     "nano-batch-128": "--batch-size 128 --lr 17e-3",
+    "nano-batch-32-decoder-2": "--batch-size 32 --lr 8.5e-3 --decoder-depth 2",
     "nano-decay-0": "--weight-decay 0",
     "nano-decay-0.2": "--weight-decay 0.2",
     "nano-warmup": "--warmup-epochs 0.1",
