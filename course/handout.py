@@ -54,7 +54,7 @@ EXERCISES = (
         "test_pixel_targets_are_normalised_patch_by_patch",)),
     Exercise("deepmim.py", "reconstruction_loss", 10, 1, (
         "test_loss_is_the_mean_over_hidden_patches_only",)),
-    Exercise("deepmim.py", "Decoder.forward", 45, 3, (
+    Exercise("deepmim.py", "Decoder.forward", 60, 3, (
         "test_decoder_knows_patches_by_their_places_and_not_by_their_order",)),
     Exercise("deepmim.py", "HybridTargets.__call__", 25, 2, (
         "test_hybrid_targets_go_from_teacher_to_image",)),
@@ -65,6 +65,7 @@ EXERCISES = (
         "test_forward_is_the_papers_sum",
         "test_forward_gives_each_decoder_its_tap_and_its_target",
         "test_forward_draws_a_mask_where_none_is_asked_for",
+        "test_forward_refuses_too_few_targets",
         "test_a_teacher_stays_as_it_is_and_outside_the_student")),
     Exercise("analyze.py", "head_similarity", 20, 1, (
         "test_head_similarity_of_known_cases", "test_head_similarity_equals_the_definition")),
@@ -79,7 +80,8 @@ EXERCISES = (
 GRADERS = sorted({test.split("::")[0] for exercise in EXERCISES for test in exercise.ids})
 README = """# DeepMIM: the exercises
 
-Begin with course/TUTORIAL.md, or with course/EXERCISES.md if you know MAE.
+Read course/TUTORIAL.md first, or course/EXERCISES.md if you know MAE. The tutorial's code runs
+only when the exercises that it uses are done.
 
     python3 -m venv .venv && source .venv/bin/activate && pip install -r requirements.txt
     python -m pytest -q tests     # all pass when all exercises are done

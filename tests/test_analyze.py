@@ -59,8 +59,9 @@ def unbiased_by_definition(x, y):
 
 def test_unbiased_hsic_is_the_mean_over_quadruples():
     xs = normal(7, 3), normal(7, 5, seed=1) + 1
-    ys = normal(7, 2, seed=2), normal(7, 3).square()
+    ys = normal(7, 2, seed=2), normal(7, 3).square(), normal(7, 4, seed=3)
     found = unbiased_hsic(gram_matrices(xs), gram_matrices(ys))
+    assert found.dtype == torch.float64
     for i, x in enumerate(xs):
         for j, y in enumerate(ys):
             assert found[i, j].item() == pytest.approx(unbiased_by_definition(x, y), rel=1e-9)

@@ -141,7 +141,8 @@ def in_maes_form(decoder, tokens):
 
 
 def test_decoder_knows_patches_by_their_places_and_not_by_their_order():
-    decoder, tokens, order = Decoder(Config(**TINY)), torch.randn(5, 5, 16), [2, 0, 3, 1]
+    decoder = Decoder(Config(**{**TINY, "decoder_depth": 2}))
+    tokens, order = torch.randn(5, 5, 16), [2, 0, 3, 1]
     torch.nn.init.normal_(decoder.norm.bias)  # a new norm's does nothing
     prediction = decoder(tokens, IDS_KEEP, IDS_HIDE)
     expected = take_patches(in_maes_form(decoder, tokens), IDS_HIDE)
@@ -194,7 +195,7 @@ def test_loss_is_the_mean_over_hidden_patches_only():
     assert loss.item() == pytest.approx(sum((p - t) ** 2 for p, t in pairs) / 60, rel=1e-5)
     loss.backward()
     torch.testing.assert_close(prediction.grad, 2 * (prediction.detach() - target) / 60)
-    with pytest.raises(ValueError, match="target: .5, 12, 1. must be .5, 12, 12"):  # no broadcast
+    with pytest.raises(ValueError):  # no broadcast
         deepmim.reconstruction_loss(torch.zeros(5, 12, 12), torch.zeros(5, 12, 1))
 
 
@@ -265,9 +266,12 @@ def test_forward_gives_each_decoder_its_tap_and_its_target(stand_ins):
     assert all(map(torch.equal, output[3:], ids))
 
 
-def test_forward_refuses_too_few_targets_and_images_of_another_size(stand_ins):
+def test_forward_refuses_too_few_targets(stand_ins):
     with pytest.raises(ValueError):
         tiny()(IMAGES, NOISE, PixelTargets(Config(**{**TINY, "taps": (2, 3, 4)})))
+
+
+def test_forward_refuses_images_of_another_size(stand_ins):
     for shape in (5, 3, 16, 16), (5, 1, 8, 8), (5, 3, 8, 16):
         with pytest.raises(ValueError, match=r"images \(5, .* are not of Config\(image_size=8"):
             tiny()(torch.zeros(shape))
@@ -277,6 +281,7 @@ def test_forward_draws_a_mask_where_none_is_asked_for(stand_ins):
     model = tiny()
     masks = [model(IMAGES).ids_keep for _ in range(2)]
     assert masks[0].shape == (5, 5) and not torch.equal(*masks)
+    assert len({tuple(row) for row in masks[0].tolist()}) > 1  # one for each image
 
 
 def test_a_teacher_stays_as_it_is_and_outside_the_student():

@@ -23,7 +23,9 @@ from support.optimizer import randomness
 from support.options import BadInput
 
 IMAGES = torch.randn(3, 3, 8, 8, generator=randomness("images"))
-IDS_KEEP, IDS_HIDE = random_masking(torch.rand(3, 16, generator=randomness("noise")), 0.75)
+IDS_KEEP, IDS_HIDE = torch.tensor([[5, 0, 12, 9], [1, 2, 3, 4], [15, 7, 8, 11]]), torch.tensor([
+    [3, 1, 2, 4, 6, 7, 8, 10, 11, 13, 14, 15], [0, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15],
+    [14, 13, 12, 10, 9, 6, 5, 4, 3, 2, 1, 0]])
 CPU = torch.device("cpu")
 WITH_TIMM = pytest.mark.skipif(
     not importlib.util.find_spec("timm"), reason="timm is a peer, not a dependency")
