@@ -90,12 +90,15 @@ def test_a_read_only_out_is_one_line(call, images, pretrained, out):
         analyze.main(["cka", f"{pretrained}", "--data", f"{images}", "--out", out])
 
 
-@SCRIPTS
-def test_two_processes_go_on_from_what_one_began_and_train_as_one(call, images, tmp_path, script):
-    call(script, "--no-amp", "--out", tmp_path / "one")
+@pytest.mark.parametrize("script, features", [
+    ("train", False), ("train", True), ("finetune", False)])
+def test_two_processes_go_on_from_what_one_began_and_train_as_one(
+        call, images, pretrained, tmp_path, script, features):
+    common = ["--no-amp", *(["--target", "features", "--teacher", pretrained] if features else [])]
+    call(script, *common, "--out", tmp_path / "one")
     with stopped_before(2):
-        call(script, "--no-amp", "--out", tmp_path / "two")
-    more = ["--no-amp", "--accumulate", 3, "--out", tmp_path / "two"]
+        call(script, *common, "--out", tmp_path / "two")
+    more = [*common, "--accumulate", 3, "--out", tmp_path / "two"]
     out = torchrun(f"{script}.py", *arguments_of(script, images, *more))
     assert "epoch 1/2" not in out and out.count("epoch 2/2") == 1
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
