@@ -18,7 +18,10 @@ from support.run import make_directory, write, write_json
 
 ARMS = {"random": "random weights", "mae": "MAE", "deepmim": "DeepMIM",
         "hybrid": "DeepMIM, hybrid targets", "shallow": "DeepMIM, decoders of one block",
-        "mae-long": "MAE, DeepMIM's compute"}
+        "mae-long": "MAE, DeepMIM's compute",
+        "mae-hog": "MAE, HOG", "deepmim-hog": "DeepMIM, HOG",
+        "mae-features": "MAE, features", "deepmim-features": "DeepMIM, features",
+        "mae-labels": "MAE, fine-tuned features", "deepmim-labels": "DeepMIM, fine-tuned features"}
 FIGURES = {  # of a measure over x: title, what x is, what y is
     "probe": ("a linear probe of each block", "block", "accuracy, %"),
     "nearest neighbours": ("20 nearest neighbours, by block", "block", "accuracy, %"),
@@ -32,7 +35,8 @@ FIGURES = {  # of a measure over x: title, what x is, what y is
     "block 6": ("a linear probe of block 6", "epoch", "accuracy, %"),
     "block 12": ("a linear probe of block 12", "epoch", "accuracy, %"),
 }
-SUMMARY = {"probe": (6, 8, 10, 12), "cut": (6, 12), "loss": ("last",), "seconds": ("total",)}
+SUMMARY = {"probe": (6, 8, 10, 12), "nearest neighbours": (12,), "cut": (6, 12), "loss": ("last",),
+           "seconds": ("total",)}
 
 
 def read(path):
@@ -117,11 +121,15 @@ def summarise(numbers):
 
 
 def add_margins(numbers):
-    """Add how much better or worse a seed's arm is in a block than its MAE: "probe, margin"."""
+    """Add how much better or worse an arm is in a block than its MAE: "probe, margin". The MAE
+    of deepmim-hog is mae-hog, that of most others mae."""
     own = {(arm, seed, x): value for arm, seed, measure, x, value in numbers if measure == "probe"}
     for (arm, seed, x), value in own.items():
-        if arm not in ("mae", "random") and ("mae", seed, x) in own:
-            numbers.append((arm, seed, "probe, margin", x, value - own["mae", seed, x]))
+        mae = arm.replace("deepmim", "mae")
+        if mae == arm or (mae, seed, x) not in own:
+            mae = "mae"
+        if arm not in ("mae", "random") and (mae, seed, x) in own:
+            numbers.append((arm, seed, "probe, margin", x, value - own[mae, seed, x]))
 
 
 def cell(values, form):
@@ -178,7 +186,7 @@ def report(root, out):
              "pre-training.", table(found)]
     for arm, values in found.get("probe, margin", {}).items():
         cells = " · ".join(f"{x}: {cell(values[x], '+.1f')}" for x in sorted(values))
-        parts.append(f"{ARMS.get(arm, arm)}, probe minus that of the seed's MAE, by block: {cells}")
+        parts.append(f"{ARMS.get(arm, arm)}, probe minus its MAE's, by block: {cells}")
     parts += [f"![{name}]({name})" for name in pictures]
     write(out / "study.md", lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
     rows = [dict(zip(("arm", "seed", "measure", "x", "value"), row)) for row in numbers]

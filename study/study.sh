@@ -3,6 +3,7 @@
 #
 #     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
 #     bash study/study.sh data/cifar10               # small: all questions, hours on two cores
+#     bash study/study.sh data/cifar10 --size targets   # what decoders are asked for, seed 0
 #     bash study/study.sh data/cifar10 --size full   # preset cifar10, a GPU
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
 #     bash study/study.sh data/cifar10 --print       # the commands, without running them
@@ -15,7 +16,7 @@
 set -euo pipefail
 
 fail() {
-    echo "study.sh: $1; usage: study.sh DATA [--size hour|small|full|smoke] [--print]" >&2
+    echo "study.sh: $1; usage: study.sh DATA [--size SIZE] [--print]" >&2
     exit 2
 }
 
@@ -49,6 +50,7 @@ TRAIN="--preset cifar10-nano" TUNE="--preset cifar10-nano --epochs 5"
 case $SIZE in
     hour) SEEDS=0 ;;
     small) REPORT=study ;;
+    targets) EPOCHS=2 REPORT=study/targets ;;
     full) TRAIN="--preset cifar10" TUNE="--preset cifar10" EPOCHS=100 LONG=400 EVERY=10 ;;
     smoke)
         SHAPE="--dim 16 --depth 3 --heads 2" DEEP="--taps 1,2,3" SOME="--images 20"
@@ -56,7 +58,7 @@ case $SIZE in
         TUNE="--batch-size 20 --epochs 1"
         SEEDS=0 EPOCHS=2 LABELS=20 MANY=40 LONG=3 BLOCK=2
         CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" DEPTHS="2" ;;
-    *) fail "--size is hour, small, full or smoke, not '$SIZE'" ;;
+    *) fail "--size is hour, small, targets, full or smoke, not '$SIZE'" ;;
 esac
 
 if [ "$PRINT" ]; then
@@ -98,9 +100,39 @@ report() {
 }
 
 # All arms of a seed start from the same encoder and see the same images and masks.
+random() {
+    train random "$1" --method mae --epochs 1 --limit 64 --batch-size 64 --lr 1e-30
+}
+
+# Each target with one decoder and with four. Teachers are the MAE and, as an upper bound, the same
+# fine-tuned on labels.
+if [ $SIZE = targets ] || [ $SIZE = smoke ]; then
+    last=${CUT##* } mae=$RUNS/mae-0 arms='random mae deepmim' models=() MORE=''
+    random 0
+    train mae 0 --method mae --keep-every $EVERY
+    train deepmim 0 $DEEP --keep-every $EVERY
+    tune mae 0 cut-$last --keep-blocks $last
+    for target in hog features labels; do
+        case $target in
+            hog) asked="--target hog" ;;
+            features) asked="--target features --teacher $mae/model.pt" ;;
+            labels) asked="--target features --teacher $mae/cut-$last/model.pt" ;;
+        esac
+        train mae-$target 0 --method mae $asked
+        train deepmim-$target 0 $DEEP $asked
+        arms+=" mae-$target deepmim-$target"
+    done
+    train hybrid 0 $DEEP --teacher $mae/model.pt
+    for arm in $arms hybrid; do
+        tune $arm 0 cut-$last --keep-blocks $last; models+=("$arm-0/model.pt")
+    done
+    look targets blocks "${models[@]}"
+fi
+if [ $SIZE = targets ]; then report; exit; fi
+
 for seed in $SEEDS; do
     mae=mae-$seed/model.pt deepmim=deepmim-$seed/model.pt MORE=''
-    train random $seed --method mae --epochs 1 --limit 64 --batch-size 64 --lr 1e-30
+    random $seed
     train mae $seed --method mae --keep-every $EVERY
     train deepmim $seed $DEEP --keep-every $EVERY
     look compare-$seed blocks random-$seed/model.pt $mae $deepmim

@@ -49,6 +49,9 @@ def runs(tmp_path):
         analysed(tmp_path / f"compare-{seed}", "blocks", models, "models", probes)
         cka = [{"with_last": [0.5 + seed / 10, 1.0]}, {"with_last": [None, 1.0]}]
         analysed(tmp_path / f"compare-{seed}", "cka", models, "models", cka)
+    models = [f"{arm}-0/model.pt" for arm in ("mae-hog", "deepmim-hog")]
+    probes = [{"accuracy": [0.3, x], "nearest_neighbours": [0.1, x]} for x in (0.5, 0.6)]
+    analysed(tmp_path / "targets", "blocks", models, "models", probes)
     epochs = [{"accuracy": [0.1 * epoch, 0.2 * epoch]} for epoch in (1, 2)]
     analysed(tmp_path / "mae-0/epochs", "blocks", ["mae-0/epoch-1.pt", "mae-0/epoch-2.pt"],
              "models", epochs)
@@ -76,7 +79,8 @@ def test_every_number_is_found_once(runs):
         ("mae", "1", "cut, seconds to classify", 6): 2.5, ("mae", "2", "cka", 1): 0.7,
         ("deepmim", "0", "cka", 1): None, ("mae", "0", "block 1", 2): 20,
         ("mae", "0", "block 2", 1): 20, ("mae, another seed", "1", "cross-cka", 2): 0.6,
-        ("deepmim", "1", "probe, margin", 2): -1, ("deepmim", "2", "probe, margin", 1): 0}
+        ("deepmim", "1", "probe, margin", 2): -1, ("deepmim", "2", "probe, margin", 1): 0,
+        ("deepmim-hog", "0", "probe, margin", 2): 10, ("mae-hog", "0", "probe, margin", 2): 10}
     assert {key: numbers[key] for key in expected} == pytest.approx(expected)
     assert "| DeepMIM | 3 |" in text and "| 44.0 (40.0 … 49.0) |" in text
     assert "| 0.500 (0.500 … 0.500) | 72 (71 … 73) |" in text
