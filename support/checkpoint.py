@@ -73,31 +73,22 @@ def read_model(path, heads=None, norm_pix=True):
     if "config" in content:
         config = make_config(path, content["config"])
     else:
-        try:
-            found = names.to_maes(state)
-        except BadInput as error:
-            raise BadInput(f"{path}: {error}") from None
-        config = sizes_of(found, heads, norm_pix, path)
+        state = names.to_ours(state, path)
+        config = sizes_of(state, heads, norm_pix, path)
         guesses = [] if heads else [f"{config.heads} heads, as is usual at its width"]
-        if "decoder_pred.weight" in found:
+        if "decoders.0.pred.weight" in state:
             guesses.append(f"{config.decoder_heads} heads in its decoder, as MAE's")
         name += f" (taken to have {' and '.join(guesses)})" if guesses else ""
-        state = {}
-        for key, value in found.items():
-            if key.startswith(("mask_token", "decoder_")):
-                key = "decoders.0." + key.removeprefix("decoder_")
-            elif not key.startswith("decoders."):
-                key = "encoder." + key
-            state[key] = value
     require(heads in (None, config.heads), f"--heads: {path} has {config.heads}, not {heads}")
     return Weights(config, state, name)
 
 
 def sizes_of(state, heads, norm_pix, path):
     """The Config of an MAE or a ViT of which only the weights are known."""
+    encoder = {name.removeprefix("encoder."): value for name, value in state.items()}
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight"):
-        require(name in state, f"{path}: no ViT of ours, MAE's or timm's: {name} is missing")
-    weight, positions = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape
+        require(name in encoder, f"{path}: no ViT of ours, MAE's or timm's: {name} is missing")
+    weight, positions = encoder["patch_embed.proj.weight"].shape, encoder["pos_embed"].shape
     side = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
     require(len(weight) == 4 and side and 1 + side**2 == positions[1],
             f"{path}: patch_embed.proj.weight {tuple(weight)} and pos_embed {tuple(positions)} "
@@ -105,9 +96,10 @@ def sizes_of(state, heads, norm_pix, path):
     dim, channels, patch_size, _ = weight
     heads = heads or HEADS.get(dim)
     require(heads, f"{path}: its heads can't be known from a width of {dim}; say --heads")
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    decoder = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
-    decoder_dim = state["mask_token"].shape[-1] if decoder and "mask_token" in state else 512
+    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
+    decoder = len({name.split(".")[3] for name in state if name.startswith("decoders.0.blocks.")})
+    mask_token = state.get("decoders.0.mask_token")
+    decoder_dim = 512 if mask_token is None else mask_token.shape[-1]
     return make_config(path, dict(
         image_size=side * patch_size, patch_size=patch_size, channels=channels, dim=dim,
         depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix, decoder_depth=decoder or 4,

@@ -5,10 +5,10 @@ import re
 
 import torch
 
-from support.options import BadInput
+from support.options import require
 
 PREFIX = re.compile(r"^((module|_orig_mod|model|backbone|encoder|vit)\.)+")
-RULES = [  # Hugging Face's → MAE's, one by one
+RULES = [  # Hugging Face's → MAE's, then MAE's → ours, one by one
     (r"^decoder\.", ""),
     (r"^embeddings\.", ""),
     (r"^position_embeddings", "pos_embed"),
@@ -23,6 +23,9 @@ RULES = [  # Hugging Face's → MAE's, one by one
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"^classifier\.", "head."),
+    (r"^mask_token", "decoder_mask_token"),
+    (r"^decoder_", "decoders.0."),
+    (r"^(?!decoders\.)", "encoder."),
 ]
 BACK = [  # MAE's → those of transformers 5
     (r"^(decoder_|mask_token)", r"decoder.\1"),
@@ -38,20 +41,17 @@ BACK = [  # MAE's → those of transformers 5
     (r"\.attn\.(q|k|v)\.", r".attention.\1_proj."),
 ]
 NOT_NEEDED = re.compile(  # of an encoder whose features a head of its own doesn't change
-    r"(head|head_drop|pre_logits|fc_norm|norm|pooler|decoders?|decoder_\w+)\.|mask_token|"
-    r"decoder_pos_embed")
+    r"(head|head_drop|pre_logits|fc_norm|norm|pooler|decoders)\.")
 
 
-def to_maes(state):
-    """A state_dict of timm's, MAE's or Hugging Face's, wrapped or not, under MAE's names. Raises
+def to_ours(state, path):
+    """A state_dict of timm's, MAE's or Hugging Face's, wrapped or not, under our names. Raises
     BadInput where prefixes tell two models apart, such as one in training and its average."""
     found, stripped = {}, {PREFIX.sub("", name): value for name, value in state.items()}
-    if len(stripped) < len(state):
-        raise BadInput("it holds two models; keep the weights of one")
+    require(len(stripped) == len(state), f"{path}: it holds two models; keep the weights of one")
     for name, value in stripped.items():
-        if not name.startswith("decoders."):  # ours, without a config
-            for pattern, new in RULES:
-                name = re.sub(pattern, new, name)
+        for pattern, new in RULES:
+            name = re.sub(pattern, new, name)
         found[name] = value
     for name in [name for name in found if ".attn.q." in name]:
         apart = [name.replace(".q.", f".{letter}.") for letter in "qkv"]
