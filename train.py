@@ -27,8 +27,8 @@ from support.run import Run, check_finite, what_counts
 PRESETS = {
     "shapes": dict(SIZES["nano"], shift=0, epochs=2, batch_size=32, optimizer="muon", lr=8.5e-3,
                    decoder_depth=1, mask_ratio=0.6, norm_pix=False),
-    "cifar10-nano": dict(SIZES["nano"], data="cifar10", shift=0, epochs=8, batch_size=64,
-                         optimizer="muon", lr=12e-3),
+    "cifar10-nano": dict(SIZES["nano"], data="cifar10", shift=0, epochs=8, batch_size=32,
+                         optimizer="muon", lr=8.5e-3),
     "cifar10": dict(SIZES["tiny"], data="cifar10", epochs=400, batch_size=1024, optimizer="muon",
                     lr=12e-3),
     "imagenet": dict(SIZES["base"], data="imagenet", epochs=800, batch_size=4096, blr=1.5e-4,
