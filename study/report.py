@@ -121,11 +121,10 @@ def summarise(numbers):
 
 
 def add_margins(numbers):
-    """Add how much better or worse an arm is in a block than its MAE: "probe, margin". The MAE
-    of deepmim-hog is mae-hog, that of most others mae."""
+    """Add how much better or worse an arm is in a block than its seed's MAE: "probe, margin"."""
     own = {(arm, seed, x): value for arm, seed, measure, x, value in numbers if measure == "probe"}
     for (arm, seed, x), value in own.items():
-        mae = arm.replace("deepmim", "mae")
+        mae = arm.replace("deepmim", "mae")  # mae-hog of deepmim-hog
         if mae == arm or (mae, seed, x) not in own:
             mae = "mae"
         if arm not in ("mae", "random") and (mae, seed, x) in own:

@@ -32,8 +32,9 @@ def written(tmp_path_factory):
 GRADER = """
 import os, pathlib, sys
 import einops, matplotlib.figure, pytest, torch, torchvision.models, torchvision.transforms.v2, tqdm
-for number, folder in enumerate(pathlib.Path(sys.argv[1]).iterdir()):
-    if number >= os.cpu_count():
+folders, cores = list(pathlib.Path(sys.argv[1]).iterdir()), os.cpu_count()
+for number, folder in enumerate(folders):
+    if number >= cores:
         os.wait()
     if os.fork() == 0:
         os.chdir(folder)
@@ -42,11 +43,8 @@ for number, folder in enumerate(pathlib.Path(sys.argv[1]).iterdir()):
         status = pytest.main(["-q", "-rA", "--rootdir=.", "-p", "no:cacheprovider", *tests])
         sys.stdout.flush()
         os._exit(status)
-try:
-    while True:
-        os.wait()
-except ChildProcessError:
-    pass
+for _ in folders[:cores]:
+    os.wait()
 """
 
 
