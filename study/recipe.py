@@ -34,6 +34,7 @@ NANO = "--preset cifar10-nano --method mae --optimizer muon --lr 12e-3 --shift 0
 BASES = {  # the first arms: options, and images
     "base": (NANO, 296_000),  # ten minutes on two cores with bfloat16
     "nano": (NANO, 120_000),  # ten minutes without
+    "preset": (f"{NANO} --batch-size 32 --lr 8.5e-3", 100_000),  # the choice so far
     "shapes": ("--preset shapes --method mae --optimizer muon --lr 12e-3 --shift 4 --batch-size 64 "
                "--decoder-depth 1 --mask-ratio 0.6 --no-norm-pix", 40_000),
 }
@@ -48,18 +49,17 @@ ARMS = {  # options over those of the first arm, and a constant of support/optim
     "nano-24e-3": "--lr 24e-3",
     "nano-adamw-2e-3": "--optimizer adamw --lr 2e-3",
     "nano-batch-32": "--batch-size 32 --lr 8.5e-3",
-    "nano-batch-128": "--batch-size 128 --lr 17e-3",
     "nano-batch-32-decoder-2": "--batch-size 32 --lr 8.5e-3 --decoder-depth 2",
-    "nano-decay-0": "--weight-decay 0",
-    "nano-decay-0.2": "--weight-decay 0.2",
-    "nano-warmup": "--warmup-epochs 0.1",
-    "nano-plain-pixels": "--no-norm-pix",
     "nano-mask-0.6": "--mask-ratio 0.6",
-    "nano-mask-0.85": "--mask-ratio 0.85",
-    "nano-decoder-1": "--decoder-depth 1",
     "nano-decoder-2": "--decoder-depth 2",
-    "nano-decoder-96": "--decoder-dim 96 --decoder-heads 3",
-    "nano-decoder-32": "--decoder-dim 32 --decoder-heads 1",
+    "preset": "",
+    "preset-batch-64": "--batch-size 64 --lr 12e-3",
+    "preset-batch-16": "--batch-size 16 --lr 6e-3",
+    "preset-decay-0.2": "--weight-decay 0.2",
+    "preset-warmup": "--warmup-epochs 0.1",
+    "preset-plain-pixels": "--no-norm-pix",
+    "preset-decoder-32": "--decoder-dim 32 --decoder-heads 1",
+    "preset-decoder-96": "--decoder-dim 96 --decoder-heads 3",
     "shapes": "",
     "shapes-6e-3": "--lr 6e-3",
     "shapes-24e-3": "--lr 24e-3",

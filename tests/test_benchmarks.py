@@ -1,11 +1,16 @@
 """benchmarks/: what peers are asked for, and a race of seconds from end to end."""
 
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY
 
+import analyze
+import finetune
 import train
 from benchmarks import peers, quality
 from deepmim import Config, patchify, random_masking, unpatchify
@@ -46,3 +51,17 @@ def test_a_race_of_seconds(images, tmp_path, monkeypatch):
         assert row["held_out_loss"] == round(curve[-1]["loss"], 4)
         assert 0 <= row["linear_accuracy"] <= 1
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpu_measures_trains_tunes_and_probes_both_methods(tmp_path):
+    call = ["bash", Path(quality.__file__).with_name("gpu.sh"), "shapes", tmp_path]
+    printed = subprocess.check_output(call, env={**os.environ, "PYTHON": "echo"}, text=True)
+    lines = [line.split() for line in printed.splitlines()]
+    assert [line[1] for line in lines[:3]] == [f"benchmarks.{n}" for n in (
+        "pretrain", "compile", "optimizer")]
+    mae, deepmim = (train.parse(line[1:]) for line in lines[3:5])
+    assert mae.taps == (12,) and deepmim.taps == (6, 8, 10, 12) and mae.epochs == 400
+    tuned = [finetune.parse(line[1:]).init for line in lines[5:7]]
+    assert tuned == [f"{run.out}/model.pt" for run in (mae, deepmim)]
+    assert [str(path) for path in analyze.parse(lines[7][1:]).models] == tuned
+    assert subprocess.run(call[:3], capture_output=True).returncode == 2
