@@ -78,6 +78,7 @@ def picture_grid(columns, title):
         strip = make_grid(pictures.float().cpu(), nrow=1, padding=gap, pad_value=1.0)  # (3, …, …)
         axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(plain(caption), fontsize=9)
+        axis.set_anchor("N")  # below the title, what is left over is cut off
         axis.axis("off")
     figure.suptitle(plain(title), fontsize=9)
     return figure
