@@ -135,7 +135,7 @@ for seed in $SEEDS; do
     random $seed
     train mae $seed --method mae --keep-every $EVERY
     train deepmim $seed $DEEP --keep-every $EVERY
-    look compare-$seed blocks random-$seed/model.pt $mae $deepmim
+    look compare-$seed blocks $mae $deepmim random-$seed/model.pt
     if [ $SIZE = hour ]; then continue; fi
 
     train hybrid $seed $DEEP --teacher "$RUNS/$mae"
