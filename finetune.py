@@ -43,7 +43,8 @@ MAE = dict(epochs=100, batch_size=1024, warmup_epochs=5, beta2=0.999, drop_path=
            cutmix=1.0, erasing=0.25)
 PRESETS = {
     "shapes": dict(size="nano", data="shapes", epochs=5, batch_size=32, optimizer="muon", lr=6e-3),
-    "cifar10-nano": dict(size="nano", data="cifar10", epochs=8, batch_size=64, lr=2e-3),
+    "cifar10-nano": dict(size="nano", data="cifar10", epochs=8, batch_size=32, optimizer="muon",
+                         lr=12e-3),
     "cifar10": dict(MAE, size="tiny", data="cifar10", lr=2e-3, randaugment=9),
     "imagenet": dict(MAE, size="base", data="imagenet", blr=5e-4, layer_decay=0.65, randaugment=27),
 }

@@ -138,6 +138,19 @@ for seed in $SEEDS; do
     look compare-$seed blocks $mae $deepmim random-$seed/model.pt
     if [ $SIZE = hour ]; then continue; fi
 
+    for arm in mae deepmim; do
+        for k in $CUT; do tune $arm $seed cut-$k --keep-blocks $k; done
+        for k in $PARTIAL; do tune $arm $seed partial-$k --trainable-blocks $k; done
+        for k in $REINIT; do tune $arm $seed reinit-$k --reinit-blocks $k; done
+    done
+    look compare-$seed cka $mae $deepmim random-$seed/model.pt
+    look compare-$seed heads $mae $deepmim random-$seed/model.pt
+    MORE="--block $BLOCK" look compare-$seed cross-cka $mae $deepmim
+    for arm in mae deepmim; do
+        kept=$(seq -f "$arm-$seed/epoch-%g.pt" $EVERY $EVERY $EPOCHS)
+        look $arm-$seed/epochs blocks $kept
+    done
+
     train hybrid $seed $DEEP --teacher "$RUNS/$mae"
     train shallow $seed $DEEP --decoder-depth 1
     # As many epochs of MAE as cost what DeepMIM's did, by the seconds in both logs.
@@ -145,23 +158,8 @@ for seed in $SEEDS; do
     if [ "$PRINT" ]; then equal="\$($equal)"; else equal=$($equal); fi
     train mae-long $seed --method mae --epochs "$equal"
     look others-$seed blocks hybrid-$seed/model.pt shallow-$seed/model.pt mae-long-$seed/model.pt
-    for arm in random mae deepmim hybrid shallow mae-long; do
-        for k in $CUT; do
-            if [ $k = ${CUT##* } ] || [ $arm = mae ] || [ $arm = deepmim ]; then
-                tune $arm $seed cut-$k --keep-blocks $k
-            fi
-        done
-    done
-    for arm in mae deepmim; do
-        for k in $PARTIAL; do tune $arm $seed partial-$k --trainable-blocks $k; done
-        for k in $REINIT; do tune $arm $seed reinit-$k --reinit-blocks $k; done
-    done
-    look compare-$seed cka random-$seed/model.pt $mae $deepmim
-    look compare-$seed heads random-$seed/model.pt $mae $deepmim
-    MORE="--block $BLOCK" look compare-$seed cross-cka $mae $deepmim
-    for arm in mae deepmim; do
-        kept=$(seq -f "$arm-$seed/epoch-%g.pt" $EVERY $EVERY $EPOCHS)
-        look $arm-$seed/epochs blocks $kept
+    for arm in random hybrid shallow mae-long; do
+        tune $arm $seed cut-${CUT##* } --keep-blocks ${CUT##* }
     done
     report
 done
