@@ -240,8 +240,10 @@ def labelled_features(encoder, images, tokens):
     """Each block's features of all images, and their labels: depth × (n, p), (n,)."""
     rows = [(block_features(encoder, batch, tokens), labels)
             for batch, labels in images.batches(torch.arange(len(images)).split(BATCH))]
-    features = [torch.cat(block) for block in zip(*(x for x, _ in rows))]
-    return features, torch.cat([labels for _, labels in rows])
+    found = [torch.cat(parts) for parts in (*zip(*(x for x, _ in rows)), [y for _, y in rows])]
+    if found[0].device.type == "mps":  # which has no float64
+        found = [x.cpu() for x in found]
+    return found[:-1], found[-1]
 
 
 def blocks(args, encoders, batches):

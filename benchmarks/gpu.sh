@@ -3,37 +3,36 @@
 #
 #     bash benchmarks/gpu.sh data/cifar10 runs/gpu
 #
-# DATA is what --data takes. EPOCHS=… and TUNE_EPOCHS=… shorten the runs, PYTHON=… names another
-# python. The same command goes on after an interruption. OUT/kept holds what is worth keeping:
-# figures, logs, pictures, and both models in half precision, 35 MB in all.
+# DATA is what --data takes. EPOCHS=… shortens pre-training, PYTHON=… names another python. The same
+# command goes on after an interruption. OUT/kept holds what is worth keeping: figures, logs,
+# pictures, and both models in half precision, 35 MB in all.
 set -euo pipefail
 if [ $# != 2 ]; then echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2; exit 2; fi
 DATA=$(realpath -m "$1") OUT=$(realpath -m "$2")
 if [ "$1" = shapes ] || [ "$1" = cifar10 ]; then DATA=$1; fi
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python} EPOCHS=${EPOCHS:-400} TUNE_EPOCHS=${TUNE_EPOCHS:-100}
-RECIPE="--preset cifar10 --data $DATA --compile"
+PYTHON=${PYTHON:-python} EPOCHS=${EPOCHS:-400}
+RECIPE=(--preset cifar10 --data "$DATA" --compile)
 mkdir -p "$OUT/kept"
 
 keep() {  # keep RUN: what came of it
-    for file in log.jsonl result.json reconstruction.png epoch-$EPOCHS.pt; do
+    for file in log.jsonl result.json reconstruction.png curves.png epoch-$EPOCHS.pt; do
         if [ -e "$OUT/$1/$file" ]; then cp "$OUT/$1/$file" "$OUT/kept/$1-$file"; fi
     done
 }
 
 for what in pretrain compile optimizer; do
     if [ ! -e "$OUT/kept/$what.json" ]; then
-        $PYTHON -m benchmarks.$what --sizes tiny --out "$OUT/kept"
+        $PYTHON -m benchmarks.$what --sizes tiny --out "$OUT/kept" || echo "$what failed" >&2
     fi
 done
 for method in mae deepmim; do
-    $PYTHON train.py $RECIPE --method $method --epochs "$EPOCHS" --keep-every "$EPOCHS" \
+    $PYTHON train.py "${RECIPE[@]}" --method $method --epochs "$EPOCHS" --keep-every "$EPOCHS" \
         --out "$OUT/$method"
     keep $method
 done
 for method in mae deepmim; do
-    $PYTHON finetune.py $RECIPE --init "$OUT/$method/model.pt" --epochs "$TUNE_EPOCHS" \
-        --out "$OUT/$method-tuned"
+    $PYTHON finetune.py "${RECIPE[@]}" --init "$OUT/$method/model.pt" --out "$OUT/$method-tuned"
     keep $method-tuned
 done
 $PYTHON analyze.py blocks "$OUT/mae/model.pt" "$OUT/deepmim/model.pt" --data "$DATA" \

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,9 +38,10 @@ IN_FLOAT32 = " in float32"
 STEPS = 3  # in a round
 KINDS = {  # of operations, by how their names begin
     "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
-    "attention kernel": ("_scaled_dot_product",), "GELU": ("gelu",),
-    "layer norm": ("native_layer_norm",), "softmax": ("_softmax",), "AdamW": ("_fused_adamw_",),
-    "copies": ("copy_", "cat", "clone"), "sums and products": ("add", "sum", "mul", "div")}
+    "attention kernel": ("_scaled_dot", "_flash_att", "_efficient_att", "_cudnn_att"),
+    "GELU": ("gelu",), "layer norm": ("native_layer_norm",), "softmax": ("_softmax",),
+    "AdamW": ("_fused_adamw_",), "copies": ("copy_", "cat", "clone"),
+    "sums and products": ("add", "sum", "mul", "div")}
 
 
 class Trainee:
@@ -133,11 +135,13 @@ def where_time_goes(trainee, images):
         trainee.step(images)
     shares = dict.fromkeys([*KINDS, "other"], 0)
     for event in record.key_averages():
+        if event.device_type != DeviceType.CPU:  # kernels, which count for what started them
+            continue
         name = event.key.removeprefix("aten::")
         kinds = [kind for kind, starts in KINDS.items() if name.startswith(starts)]
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         shares[(kinds or ["other"])[0]] += spent
-    total = sum(shares.values())
+    total = sum(shares.values()) or 1
     return {kind: round(spent / total, 3) for kind, spent in shares.items()}
 
 
@@ -151,12 +155,12 @@ def peak_mb(batch_size, name, size, machine, **changes):
 
 def own_peak(batch_size, name, size, machine, changes):
     """The same, in this process; a GPU counts for itself."""
+    on_gpu = machine.device.type == "cuda"
     Trainee(name, "nano", machine)  # loads a peer's package, which is not a step's memory
-    before = peak_resident(reset=True)
+    before = 0 if on_gpu else peak_resident(reset=True)
     trainee = Trainee(name, size, machine, **changes)
     side = trainee.config.image_size
     trainee.steps([torch.randn(batch_size, 3, side, side, device=machine.device)] * 2)
-    on_gpu = machine.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident() - before
     return round(peak / 1e6)
 

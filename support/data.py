@@ -24,7 +24,7 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 SMALL_IMAGE = 64         # sides up to this are kept decoded …
 DECODED_BYTES = 2 << 30  # … where all of them together take no more than this
 CROP_SCALE = (0.2, 1)    # of a larger image's area, for RandomResizedCrop, as in MAE's code
-GROUP = 8                # images of a batch that share the draws of a transform, see in_groups
+GROUP = 8                # images, or a 32nd of the batch, that share a transform's draws
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -150,12 +150,12 @@ class InMemory:
             generator = randomness(seed, "crop and flip")
             shift = torch.randint(-reach, reach + 1, (len(self), 2), generator=generator)
             flip = torch.rand(len(self), generator=generator) < 0.5
+            shift, flip = shift.to(self.device), flip.to(self.device)
         for ids in indices:
             here = ids.to(self.device)
             images = self.pixels[here]
             if seed is not None:
-                moves = shift[ids].to(self.device), flip[ids].to(self.device)
-                images = crop_and_flip(images, *moves)
+                images = crop_and_flip(images, shift[here], flip[here])
                 if self.further:
                     images = in_groups(self.further, images, seed, "augment", ids[0].item())
             if images.shape[-1] != self.image_size:
@@ -176,10 +176,11 @@ def crop_and_flip(images, shift, flip):
 
 
 def in_groups(transform, images, *key):
-    """Apply a random transform, which draws once for all that it is given, GROUP by GROUP."""
+    """Apply a random transform, which draws once for all that it is given, group by group."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(randomness(*key).initial_seed())
-        return torch.cat([transform(group) for group in images.split(GROUP)])
+        groups = images.split(max(GROUP, len(images) // 32))  # more would keep a GPU waiting
+        return torch.cat([transform(group) for group in groups])
 
 
 class Files(Dataset):
@@ -235,5 +236,6 @@ class Streamed:
     def batches(self, indices, seed=None):
         """As InMemory's. With a seed: RandomResizedCrop, flip, `further`; else the centre."""
         for images, labels in self.raw_batches(indices, seed):
-            images = images.to(self.device, non_blocking=True)
-            yield normalize(images), labels.to(self.device, non_blocking=True)
+            pinned = self.device.type == "cuda"  # others would read memory that is already free
+            images = images.to(self.device, non_blocking=pinned)
+            yield normalize(images), labels.to(self.device, non_blocking=pinned)

@@ -85,6 +85,12 @@ def test_further_augmentation_is_drawn_by_groups_or_for_each_larger_image(tmp_pa
     assert torch.equal(batch(images, order), data.normalize(black))
 
 
+def test_a_large_batch_has_no_more_than_32_groups():
+    sizes = []
+    data.in_groups(lambda group: sizes.append(len(group)) or group, torch.zeros(1024, 1), "key")
+    assert sizes == [32] * 32
+
+
 @pytest.mark.parametrize("side, edge", [(32, 0), (72, 5)])  # decoded into memory, and streamed
 def test_an_epoch_is_the_same_to_the_byte_with_any_number_of_workers(tmp_path, side, edge):
     for i in range(20):
