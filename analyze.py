@@ -240,10 +240,11 @@ def labelled_features(encoder, images, tokens):
     """Each block's features of all images, and their labels: depth × (n, p), (n,)."""
     rows = [(block_features(encoder, batch, tokens), labels)
             for batch, labels in images.batches(torch.arange(len(images)).split(BATCH))]
-    found = [torch.cat(parts) for parts in (*zip(*(x for x, _ in rows)), [y for _, y in rows])]
-    if found[0].device.type == "mps":  # which has no float64
-        found = [x.cpu() for x in found]
-    return found[:-1], found[-1]
+    features = [torch.cat(block) for block in zip(*(x for x, _ in rows))]
+    labels = torch.cat([labels for _, labels in rows])
+    if labels.device.type == "mps":  # which has no float64
+        features, labels = [x.cpu() for x in features], labels.cpu()
+    return features, labels
 
 
 def blocks(args, encoders, batches):
