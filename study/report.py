@@ -16,12 +16,13 @@ from support import figures, options
 from support.options import BadInput, require
 from support.run import make_directory, write, write_json
 
-ARMS = {"random": "random weights", "mae": "MAE", "deepmim": "DeepMIM",
-        "hybrid": "DeepMIM, hybrid targets", "shallow": "DeepMIM, decoders of one block",
-        "mae-long": "MAE, DeepMIM's compute",
-        "mae-hog": "MAE, HOG", "deepmim-hog": "DeepMIM, HOG",
-        "mae-features": "MAE, features", "deepmim-features": "DeepMIM, features",
-        "mae-labels": "MAE, fine-tuned features", "deepmim-labels": "DeepMIM, fine-tuned features"}
+ARMS = {  # in the order of tables and colours
+    "mae": "MAE", "deepmim": "DeepMIM", "hybrid": "DeepMIM, hybrid targets",
+    "shallow": "DeepMIM, decoders of one block", "mae-long": "MAE, DeepMIM's compute",
+    "mae-hog": "MAE, HOG", "deepmim-hog": "DeepMIM, HOG",
+    "mae-features": "MAE, features", "deepmim-features": "DeepMIM, features",
+    "mae-labels": "MAE, fine-tuned features", "deepmim-labels": "DeepMIM, fine-tuned features",
+    "random": "random weights"}
 FIGURES = {  # of a measure over x: title, what x is, what y is
     "probe": ("a linear probe of each block", "block", "accuracy, %"),
     "nearest neighbours": ("20 nearest neighbours, by block", "block", "accuracy, %"),
