@@ -42,7 +42,7 @@ REPORT=$RUNS/report
 
 # CUT, PARTIAL and REINIT are numbers of blocks, LABELS of labels. Only seed 0 has MANY labels, a
 # LONG run and the ablation. SHAPE and DEEP are options of the model, SOME of an analysis.
-SEEDS="0 1 2" EPOCHS=8 LABELS=10000 MANY=50000 LONG=40 EVERY=1 BLOCK=8
+SEEDS="0 1 2" EPOCHS=8 LABELS=10000 MANY=50000 LONG=24 EVERY=1 BLOCK=8
 CUT="6 8 10 12" PARTIAL="1 2 4 8 12" REINIT="2 4 6 8"
 TAPS="10,12 8,10,12 3,6,9,12" DEPTHS="2"
 SHAPE='' DEEP='' SOME="--images 10000"
