@@ -287,8 +287,8 @@ def nearest_neighbours(features, labels, queries, classes, k):
 
 
 def load_classifier(args, machine):
-    """(the fine-tuned Classifier of --init, its classes) for --eval and --predict.
-    Sets args.value_range, where it isn't given, to that of training."""
+    """(the fine-tuned Classifier of --init, its classes, --value-range or else that of training)
+    for --eval and --predict."""
     given = [options.option(name) for name in MODEL_OPTIONS if getattr(args, name) is not None]
     require(not given, f"--init: {args.init} is taken as it is; leave {', '.join(given)} out")
     content = checkpoint.read(args.init)
@@ -297,14 +297,14 @@ def load_classifier(args, machine):
     config, state, _ = checkpoint.read_model(args.init)
     model = Classifier(config, len(content["classes"]), content["pool"], content["linear_probe"])
     checkpoint.load_weights(model, state, args.init)
-    args.value_range = args.value_range or content.get("value_range")
-    return model.to(machine.device).eval(), content["classes"]
+    value_range = args.value_range or content.get("value_range")
+    return model.to(machine.device).eval(), content["classes"], value_range
 
 
 def evaluate_checkpoint(args, machine):
     """--eval: write loss, accuracies and confusions on the held-out images of --data."""
-    model, classes = load_classifier(args, machine)
-    part = data.find_held_out(args.data, machine, classes, args.value_range)
+    model, classes, value_range = load_classifier(args, machine)
+    part = data.find_held_out(args.data, machine, classes, value_range)
     require(part.classes == classes, f"--data: {args.init} knows {', '.join(classes)}, and not "
             f"{', '.join(part.classes or ['images without classes'])}")
     images = data.prepare(part, model.encoder.config, machine, args.workers)
@@ -322,8 +322,8 @@ def evaluate_checkpoint(args, machine):
 @torch.no_grad()
 def predict(args, machine):
     """--predict: write the five likeliest classes of each image of a folder, with probabilities."""
-    model, classes = load_classifier(args, machine)
-    part = folder.labelled(Path(args.predict), machine, [])._replace(value_range=args.value_range)
+    model, classes, value_range = load_classifier(args, machine)
+    part = folder.labelled(Path(args.predict), machine, [])._replace(value_range=value_range)
     if args.skip_damaged:
         part = folder.without_damaged(part, machine, args.workers)
     images = data.prepare(part, model.encoder.config, machine, args.workers)

@@ -5,7 +5,7 @@
 #
 # DATA is what --data takes. EPOCHS=… shortens pre-training, PYTHON=… names another python. The same
 # command goes on after an interruption. OUT/kept holds what is worth keeping: figures, logs,
-# pictures, and both models in half precision, 35 MB in all.
+# pictures, and both models in half precision, about 30 MB.
 set -euo pipefail
 if [ $# != 2 ]; then echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2; exit 2; fi
 DATA=$(realpath -m "$1") OUT=$(realpath -m "$2")

@@ -141,7 +141,7 @@ def where_time_goes(trainee, images):
         kinds = [kind for kind, starts in KINDS.items() if name.startswith(starts)]
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         shares[(kinds or ["other"])[0]] += spent
-    total = sum(shares.values()) or 1
+    total = sum(shares.values()) or 1  # a GPU that may not be profiled has only zeros
     return {kind: round(spent / total, 3) for kind, spent in shares.items()}
 
 

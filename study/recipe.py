@@ -54,7 +54,6 @@ ARMS = {  # options over those of the first arm, and a constant of support/optim
     "nano-decoder-2": "--decoder-depth 2",
     "preset": "",
     "preset-batch-64": "--batch-size 64 --lr 12e-3",
-    "preset-batch-16": "--batch-size 16 --lr 6e-3",
     "preset-decay-0.2": "--weight-decay 0.2",
     "preset-decay-0.5": "--weight-decay 0.5",
     "preset-warmup": "--warmup-epochs 0.1",

@@ -166,7 +166,9 @@ def draw(found, out):
                 means[name] = xs, [statistics.fmean(values[x]) for x in xs]
                 bands[name] = [min(values[x]) for x in xs], [max(values[x]) for x in xs]
         if means:
-            figure, (axis,) = figures.panels(1, f"{title}; bands: lowest to highest seed", width=7)
+            several = any(lows != highs for lows, highs in bands.values())
+            seeds = "bands: lowest to highest seed" if several else "one seed"
+            figure, (axis,) = figures.panels(1, f"{title}; {seeds}", width=7)
             figures.lines(axis, means, xlabel, ylabel, bands)
             names.append(f"study-{measure.replace(' ', '-')}.png")
             figures.save(figure, out / names[-1])

@@ -54,8 +54,8 @@ def read(path):
 
 def make_config(path, values):
     """The Config of a file."""
-    try:  # alphas were once a part of it
-        return Config(**{name: value for name, value in dict(values).items() if name != "alphas"})
+    try:
+        return Config(**dict(values))
     except (TypeError, ValueError) as error:
         raise BadInput(f"{path}: its sizes can't be used ({error})") from None
 

@@ -24,7 +24,7 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 SMALL_IMAGE = 64         # sides up to this are kept decoded …
 DECODED_BYTES = 2 << 30  # … where all of them together take no more than this
 CROP_SCALE = (0.2, 1)    # of a larger image's area, for RandomResizedCrop, as in MAE's code
-GROUP = 8                # images, or a 32nd of the batch, that share a transform's draws
+GROUP = 8                # images that share a transform's draws, in large batches more
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -179,7 +179,7 @@ def in_groups(transform, images, *key):
     """Apply a random transform, which draws once for all that it is given, group by group."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(randomness(*key).initial_seed())
-        groups = images.split(max(GROUP, len(images) // 32))  # more would keep a GPU waiting
+        groups = images.split(max(GROUP, len(images) // 32))  # more groups keep a GPU waiting
         return torch.cat([transform(group) for group in groups])
 
 

@@ -11,6 +11,7 @@ import train
 from deepmim import DeepMIM, PixelTargets
 from support import checkpoint, data, machine, shapes
 from support.optimizer import randomness
+from support.run import Run
 
 
 def test_a_run_leaves_model_log_result_and_picture(call, images, tmp_path):
@@ -93,3 +94,15 @@ def test_models_of_some_epochs_are_kept_in_half_precision(call, tmp_path):
     assert all(torch.equal(half["model"][name], value.half()) for name, value in last.items())
     found = checkpoint.load_frozen(tmp_path / "epoch-4.pt").state_dict()
     torch.testing.assert_close(found["norm.weight"], last["encoder.norm.weight"], rtol=1e-3, atol=0)
+
+
+def test_a_run_that_is_stopped_while_a_model_is_kept_keeps_it_when_it_goes_on(call, tmp_path):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    command = "train", "--epochs", 2, "--keep-every", 2, "--out", tmp_path
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "keep", stop)
+        call(*command)
+    call(*command)
+    assert (tmp_path / "epoch-2.pt").exists()
