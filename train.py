@@ -131,7 +131,7 @@ def draw_reconstructions(model, targets, held_out, config, machine, path, title)
     images, _ = next(held_out.batches([torch.arange(count) * (len(held_out) // count)]))
     noise = torch.rand(count, config.patches, generator=randomness("pictures")).to(machine.device)
     with machine.autocast():
-        output = model(images, noise, targets)
+        output = model.forward(images, noise, targets)  # not compiled once more for a few images
     columns = figures.reconstructions(config, images, output, targets)
     figures.save(figures.picture_grid(columns, title), path)
 
@@ -162,7 +162,7 @@ def main(argv=None):
     optimizers = make_optimizers(
         model, args.optimizer, args.weight_decay, args.beta2, machine.dtype)
     scaler = machine.grad_scaler()
-    network = distribute(model, machine, args.compile)  # the model, or DDP around it
+    network = distribute(model, machine, args.compile, args.accumulate)  # or DDP around the model
     run = Run(args.out, what_counts(args, images), machine, args.resume)
     for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()

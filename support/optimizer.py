@@ -39,7 +39,7 @@ def orthogonalize(matrices, dtype):
         gram = x @ x.mT                                                  # (n, rows, rows)
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)                 # (n, rows, columns)
-    return (x.mT if tall else x).float()
+    return (x.mT if tall else x).float().contiguous()
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,19 +60,24 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     alike.setdefault((group["parts"], *weight.shape), []).append((weight, group))
         for (parts, rows, columns), members in alike.items():
-            directions = []
-            for weight, _ in members:
+            weights, gradients, averages, kept, sizes = [], [], [], [], []
+            for weight, group in members:
                 if weight not in self.state:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
-                average = self.state[weight]["momentum"]
-                average.lerp_(weight.grad, 1 - self.momentum)
-                directions.append(weight.grad.lerp(average, self.momentum))  # Nesterov's
+                weights.append(weight)
+                gradients.append(weight.grad)
+                averages.append(self.state[weight]["momentum"])
+                kept.append(1 - group["lr"] * group["weight_decay"])
+                # Steps are as large as AdamW's.
+                sizes.append(group["lr"] * 0.2 * max(rows // parts, columns) ** 0.5)
+            # _foreach_ does to each tensor of a list what its name says, on a GPU all at once.
+            torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
+            directions = torch._foreach_lerp(gradients, averages, self.momentum)  # Nesterov's
             matrices = torch.stack(directions).view(-1, rows // parts, columns)
-            steps = orthogonalize(matrices, self.dtype).view(-1, rows, columns)
-            size = 0.2 * max(rows // parts, columns) ** 0.5  # steps are then as large as AdamW's
-            for (weight, group), step in zip(members, steps):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(step, alpha=group["lr"] * size)
+            steps = list(orthogonalize(matrices, self.dtype).view(-1, rows, columns))
+            torch._foreach_mul_(steps, sizes)
+            torch._foreach_mul_(weights, kept)
+            torch._foreach_sub_(weights, steps)
 
 
 def make_optimizers(model, name, weight_decay, beta2, dtype, lr_scale=lambda name: 1.0):
