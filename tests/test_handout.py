@@ -189,8 +189,8 @@ def test_what_loops_for_ever_or_does_not_import_costs_its_points(few, student):
     endless = "    while True:\n        pass\n    return rearrange(images,"
     (student / "deepmim.py").write_text(text.replace("    return rearrange(images,", endless, 1))
     (student / "analyze.py").write_text("def linear_cka(x, y:\n")
-    found, content = points(student, "--seconds", "15")
-    assert found["patchify"] == (0, "not done after 15 s")
+    found, content = points(student, "--seconds", "25")
+    assert found["patchify"] == (0, "not done after 25 s")
     assert found["attention_map"] == (1, "passed") and content["points"] == 1
     assert found["linear_cka"][1].startswith("analyze.py is no Python")
     (student / "analyze.py").unlink()

@@ -152,7 +152,8 @@ def test_runs_learn_other_targets(call, pretrained, tmp_path, how):
 @pytest.mark.slow
 def test_a_feature_teacher_in_a_compiled_model(call, pretrained, tmp_path, monkeypatch):
     compile = torch.nn.Module.compile  # traced as ever, but without the minutes of code generation
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode: compile(self, backend="aot_eager"))
     for name, more in (("eager", []), ("compiled", ["--compile"])):
         call("train", "--target", "features", "--teacher", pretrained, "--no-amp", *more,
              "--epochs", 1, "--out", tmp_path / name)
