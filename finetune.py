@@ -382,8 +382,7 @@ def main(argv=None):
     optimizers = make_optimizers(
         model, args.optimizer, args.weight_decay, args.beta2, machine.dtype,
         lambda name: layer_decay(name, depth, args.layer_decay))
-    scaler = machine.grad_scaler()
-    network = distribute(model, machine, args.compile, args.accumulate)
+    scaler, network = machine.grad_scaler(), distribute(model, machine, args.compile)
     for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()
         loss, lr = train_epoch(network, images, optimizers, scaler, schedule, epoch, args, machine)

@@ -162,7 +162,7 @@ def main(argv=None):
     optimizers = make_optimizers(
         model, args.optimizer, args.weight_decay, args.beta2, machine.dtype)
     scaler = machine.grad_scaler()
-    network = distribute(model, machine, args.compile, args.accumulate)  # or DDP around the model
+    network = distribute(model, machine, args.compile, replay=args.accumulate == 1)  # maybe DDP
     run = Run(args.out, what_counts(args, images), machine, args.resume)
     for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()

@@ -23,7 +23,8 @@ keep() {  # keep RUN: what came of it
 
 for what in pretrain compile optimizer; do
     if [ ! -e "$OUT/kept/$what.json" ]; then
-        $PYTHON -m benchmarks.$what --sizes tiny --batch-size 1024 --out "$OUT/kept" || echo "$what failed" >&2
+        $PYTHON -m benchmarks.$what --sizes tiny --batch-size 1024 --out "$OUT/kept" \
+            || echo "$what failed" >&2
     fi
 done
 for method in mae deepmim; do

@@ -58,7 +58,7 @@ class Trainee:
             model = source.DeepMIM(source.Config(**sizes))
         else:
             model = peers.PEERS[name.removesuffix(IN_FLOAT32)](self.config)
-        self.model = distribute(model.to(machine.device).train(), machine, compile)
+        self.model = distribute(model.to(machine.device).train(), machine, compile, replay=True)
         self.optimizers = make_optimizers(model, optimizer, 0.05, 0.95, machine.dtype)
 
     def step(self, images, key=0):

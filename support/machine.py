@@ -104,13 +104,13 @@ def mixed_precision(device):
     return torch.bfloat16 if fast else torch.float32
 
 
-def distribute(model, machine, compile=False, accumulate=1):
+def distribute(model, machine, compile=False, replay=False):
     """The model, compiled if asked for, with gradients averaged over several processes.
-    On one GPU a compiled step is replayed as a CUDA graph, since a small model's kernels take less
-    time than a CPU needs to start them. Graphs can't add up the gradients of several parts."""
+    With replay, one GPU alone repeats a compiled step as a CUDA graph: a small model's kernels take
+    less time than a CPU needs to start them. Graphs can't add up the gradients of several parts."""
     if compile:
-        replayed = machine.device.type == "cuda" and machine.world == accumulate == 1
-        model.compile(mode="reduce-overhead" if replayed else None)
+        graph = replay and machine.device.type == "cuda" and machine.world == 1
+        model.compile(mode="reduce-overhead" if graph else None)
     return DistributedDataParallel(model) if machine.world > 1 else model
 
 

@@ -60,16 +60,15 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     alike.setdefault((group["parts"], *weight.shape), []).append((weight, group))
         for (parts, rows, columns), members in alike.items():
-            weights, gradients, averages, kept, sizes = [], [], [], [], []
-            for weight, group in members:
+            weights, groups = zip(*members)
+            for weight in weights:
                 if weight not in self.state:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
-                weights.append(weight)
-                gradients.append(weight.grad)
-                averages.append(self.state[weight]["momentum"])
-                kept.append(1 - group["lr"] * group["weight_decay"])
-                # Steps are as large as AdamW's.
-                sizes.append(group["lr"] * 0.2 * max(rows // parts, columns) ** 0.5)
+            gradients = [weight.grad for weight in weights]
+            averages = [self.state[weight]["momentum"] for weight in weights]
+            kept = [1 - group["lr"] * group["weight_decay"] for group in groups]
+            size = 0.2 * max(rows // parts, columns) ** 0.5  # steps are then as large as AdamW's
+            sizes = [group["lr"] * size for group in groups]
             # _foreach_ does to each tensor of a list what its name says, on a GPU all at once.
             torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
             directions = torch._foreach_lerp(gradients, averages, self.momentum)  # Nesterov's

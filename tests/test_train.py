@@ -31,6 +31,14 @@ def test_a_run_leaves_model_log_result_and_picture(call, images, tmp_path):
     assert Image.open(tmp_path / "reconstruction.png").size[1] > 1000  # eight pictures high
 
 
+def test_a_long_run_draws_a_twentieth_of_its_epochs_and_the_last(call, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(train, "draw_reconstructions", lambda *given: drawn.append(given[-1]))
+    call("train", "--epochs", 60, "--out", tmp_path)
+    epochs = [int(title.split("/")[0].removeprefix("epoch ")) for title in drawn]
+    assert epochs == [*range(1, 60, 3), 60]
+
+
 def test_mae_is_one_tap_and_teaches_hybrid_targets(call, tmp_path):
     call("train", "--method", "mae", "--taps", 3, "--out", tmp_path / "mae")
     teacher = tmp_path / "mae" / "model.pt"
