@@ -203,20 +203,11 @@ class Files(Dataset):
             return transform(v2.functional.pil_to_tensor(image)), part.labels[index]
 
 
-class Keys:
-    """The batches of Files' keys that a DataLoader asks for next."""
-    def __init__(self):
-        self.indices, self.seed = [], None
-
-    def __iter__(self):
-        for ids in self.indices:
-            yield [(index, self.seed) for index in ids.tolist()]
-
-
 class Streamed:
     """Image files, decoded as they are needed by `workers` processes that live as long as it."""
     def __init__(self, part, image_size, channels, device, workers, crop_scale, further):
-        self.part, self.classes, self.device, self.keys = part, part.classes, device, Keys()
+        self.part, self.classes, self.device = part, part.classes, device
+        self.keys = []  # of Files: the batches that the loader asks for next
         files = Files(part, image_size, channels, crop_scale, further)
         self.loader = DataLoader(
             files, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
@@ -227,7 +218,9 @@ class Streamed:
 
     def raw_batches(self, indices, seed=None):
         """As batches, but uint8 and on the CPU."""
-        self.keys.indices, self.keys.seed = list(indices), seed
+        self.keys.clear()
+        for ids in indices:
+            self.keys.append([(index, seed) for index in ids.tolist()])
         try:
             yield from self.loader
         except BadInput as error:  # from a worker, its message is the last line of a traceback

@@ -110,7 +110,7 @@ def lines(axis, series, xlabel, ylabel, bands=()):
             axis.fill_between(xs, *bands[name], color=COLOURS[i % 7], alpha=0.2, linewidth=0)
     axis.set(xlabel=plain(xlabel), ylabel=ylabel)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(series) > 7 else {}  # no room
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(series) > 6 else {}  # no room
     axis.legend(fontsize=8, frameon=False, **beside)
 
 

@@ -142,15 +142,11 @@ def without_damaged(part, machine, workers):
             return open_image(path) is not None
         except BadInput:
             return False
-    bad, good, bar = [], [], machine.progress(len(part.items), "looking for damage")
+    machine.print(f"looking for damage in {len(part.items)} files")
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for i, fine in enumerate(pool.map(readable, part.items)):
-            (good if fine else bad).append(i)
-            bar.update()
-    bar.close()
-    names = ", ".join(part.items[i] for i in bad[:5])
-    require(good, f"--data: none of {len(bad)} files can be decoded, such as {names}")
+        good = torch.tensor(list(pool.map(readable, part.items)))
+    bad = [part.items[i] for i in (~good).nonzero().flatten().tolist()]
+    require(good.any(), f"--data: none of {len(bad)} files can be decoded")
     if bad:
-        machine.print(f"--skip-damaged: left out {len(bad)} of {len(part.items)} files: {names}"
-                      + (", …" if len(bad) > 5 else ""))
-    return part.take(torch.tensor(good))
+        machine.print(f"--skip-damaged: left out {len(bad)} of {len(good)} files: {', '.join(bad)}")
+    return part.take(good.nonzero().flatten())

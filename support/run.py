@@ -13,11 +13,6 @@ from torchvision.io import ImageReadMode
 from support import checkpoint
 from support.options import BadInput, RunFailed, option, require
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks; nothing then keeps a second process out
-    fcntl = None
-
 # Options that may change when a run goes on. Files are compared by what is in them.
 MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset", "log", "keep_every",
               "data", "init", "teacher")
@@ -53,6 +48,7 @@ def make_directory(path):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"--out: {path} is no directory to write to ({error.strerror})") from None
+    require(os.access(path, os.W_OK), f"--out: {path} may not be written to")
 
 
 def check_finite(losses, epoch, names):
@@ -78,12 +74,11 @@ def what_counts(args, images):
 
 class Run:
     """The directory of a run, of what_counts; other options are refused, but for MAY_CHANGE.
-    last.pt is written last in an epoch and holds all that the next one needs, the log included. So
-    a run that was killed loses at most the epoch in progress, and repeats it to the same weights. A
-    lock keeps a second process out while the first lives."""
+    last.pt is written last in an epoch and holds all that the next one needs, the log included. A
+    run that was killed loses at most the epoch in progress, and repeats it to the same weights."""
     def __init__(self, path, options, machine, resume=True):
         self.path, self.machine, self.resume, self.options = Path(path), machine, resume, options
-        self.history, self.state, self.lock, self.writer = [], None, None, None
+        self.history, self.state, self.writer = [], None, None
         if not (self.resume and (self.path / "last.pt").exists()):
             return
         remedy = "use another --out, or --no-resume to overwrite it"
@@ -104,27 +99,18 @@ class Run:
                 f"({'; '.join(differ)}); {remedy}")
 
     def open(self):
-        """Make and lock the directory; without resuming, free it of the run before."""
+        """Make the directory; without resuming, free it of the run before."""
         if not self.machine.is_main_process:
             return
+        make_directory(self.path)
         if self.options.get("log"):
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise BadInput("--log tensorboard: pip install tensorboard") from None
-        make_directory(self.path)
-        try:
-            self.lock = open(self.path / "lock", "w")
-            if fcntl:  # the system lets go of the lock when the process ends
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            busy = isinstance(error, BlockingIOError)
-            reason = "another process is at work there" if busy else error.strerror
-            raise BadInput(f"--out: {self.path} can't be used; {reason}") from None
+            self.writer = SummaryWriter(self.path, purge_step=len(self.history) + 1)
         for name in () if self.resume else ("last.pt", "result.json", "log.jsonl"):
             (self.path / name).unlink(missing_ok=True)
-        if self.options.get("log"):
-            self.writer = SummaryWriter(self.path, purge_step=len(self.history) + 1)
 
     def epochs(self, total, model, optimizers, scaler):
         """Yield the epochs left of `total`, from 0, with all as it was where the run stopped."""

@@ -17,7 +17,7 @@ from support.run import Run
 def test_a_run_leaves_model_log_result_and_picture(call, images, tmp_path):
     call("train", "--norm-pix", "--out", tmp_path, draw=True)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "model.pt", "last.pt", "log.jsonl", "result.json", "reconstruction.png", "lock"}
+        "model.pt", "last.pt", "log.jsonl", "result.json", "reconstruction.png"}
     config, state, _ = checkpoint.read_model(tmp_path / "model.pt")
     assert config == TINY
     checkpoint.load_weights(DeepMIM(config), state, "model.pt")
