@@ -121,13 +121,18 @@ def summarise(numbers):
     return found
 
 
+def baseline(arm, arms):
+    """The arm that one is compared with: MAE, of the same targets where there is such an arm."""
+    mae = arm.replace("deepmim", "mae")  # mae-hog of deepmim-hog
+    return mae if mae != arm and mae in arms else "mae"
+
+
 def add_margins(numbers):
-    """Add how much better or worse an arm is in a block than its seed's MAE: "probe, margin"."""
+    """Add how much better or worse an arm is in a block than its baseline: "probe, margin"."""
     own = {(arm, seed, x): value for arm, seed, measure, x, value in numbers if measure == "probe"}
+    arms = {arm for arm, _, _ in own}
     for (arm, seed, x), value in own.items():
-        mae = arm.replace("deepmim", "mae")  # mae-hog of deepmim-hog
-        if mae == arm or (mae, seed, x) not in own:
-            mae = "mae"
+        mae = baseline(arm, arms)
         if arm not in ("mae", "random") and (mae, seed, x) in own:
             numbers.append((arm, seed, "probe, margin", x, value - own[mae, seed, x]))
 
@@ -188,7 +193,8 @@ def report(root, out):
              "pre-training.", table(found)]
     for arm, values in found.get("probe, margin", {}).items():
         cells = " · ".join(f"{x}: {cell(values[x], '+.1f')}" for x in sorted(values))
-        parts.append(f"{ARMS.get(arm, arm)}, probe minus its MAE's, by block: {cells}")
+        mae = baseline(arm, found["probe"])
+        parts.append(f"{ARMS.get(arm, arm)} minus {ARMS.get(mae, mae)}, probe by block: {cells}")
     parts += [f"![{name}]({name})" for name in pictures]
     write(out / "study.md", lambda file: file.write(("\n\n".join(parts) + "\n").encode()))
     rows = [dict(zip(("arm", "seed", "measure", "x", "value"), row)) for row in numbers]
