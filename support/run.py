@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -46,9 +47,9 @@ def make_directory(path):
     """Make the directory of --out, with those above it; raises BadInput."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # it can be written to
     except OSError as error:
         raise BadInput(f"--out: {path} is no directory to write to ({error.strerror})") from None
-    require(os.access(path, os.W_OK), f"--out: {path} may not be written to")
 
 
 def check_finite(losses, epoch, names):
