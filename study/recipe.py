@@ -37,6 +37,7 @@ BASES = {  # the first arms: options, and images
     "preset": (f"{NANO} --batch-size 32 --lr 8.5e-3", 100_000),  # the choice so far
     "shapes": ("--preset shapes --method mae --optimizer muon --lr 12e-3 --shift 4 --batch-size 64 "
                "--decoder-depth 1 --mask-ratio 0.6 --no-norm-pix", 40_000),
+    "tiny": ("--preset cifar10 --method mae --batch-size 64 --lr 12e-3", 90_000),
 }
 ARMS = {  # options over those of the first arm, and a constant of support/optimizer.py
     "base": "",
@@ -74,6 +75,9 @@ ARMS = {  # options over those of the first arm, and a constant of support/optim
     "shapes-decoder-4": "--decoder-depth 4",
     "shapes-decay-0.2": "--weight-decay 0.2",
     "shapes-adamw-2e-3": "--optimizer adamw --lr 2e-3",
+    "tiny": "",
+    "tiny-6e-3": "--lr 6e-3",
+    "tiny-24e-3": "--lr 24e-3",
 }
 
 
@@ -116,7 +120,8 @@ def cost(arm, machine):
     ways, count = {}, {}
     for name in (base_of(arm), arm):
         args = train.parse(split_arm(name)[0])
-        trainee = pretrain.Trainee("ours, MAE", "nano", machine, optimizer=args.optimizer, **{
+        size = "tiny" if base_of(arm) == "tiny" else "nano"
+        trainee = pretrain.Trainee("ours, MAE", size, machine, optimizer=args.optimizer, **{
             key: getattr(args, key)
             for key in ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")})
         images = torch.randn(args.batch_size, 3, 32, 32)

@@ -10,6 +10,7 @@ are of analyze.py. What is not there yet is left out.
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from support import figures, options
@@ -112,13 +113,27 @@ def of_analyses(root):
 
 
 def summarise(numbers):
-    """{measure: {arm: {x: the values of its seeds}}}, arms in the order of ARMS, then others."""
+    """{measure: {arm: {x: {seed: value}}}}, arms in the order of ARMS, then others."""
     found = {}
     order = [*ARMS, *sorted({arm for arm, *_ in numbers} - set(ARMS))]
-    for arm, _, measure, x, value in sorted(numbers, key=lambda row: (order.index(row[0]), row[1])):
+    for arm, seed, measure, x, value in sorted(numbers, key=lambda row: order.index(row[0])):
         if value is not None:  # an undefined CKA
-            found.setdefault(measure, {}).setdefault(arm, {}).setdefault(x, []).append(value)
+            found.setdefault(measure, {}).setdefault(arm, {}).setdefault(x, {})[seed] = value
     return found
+
+
+def curve(of_x):
+    """xs and at each the values of its seeds, of {x: {seed: value}}. Only of the seeds that were
+    measured at most xs: a line through other seeds at each x would mean nothing."""
+    numbers = {x: of_x[x] for x in sorted(x for x in of_x if isinstance(x, int))}  # not "last"
+    measured = Counter(seed for of_seed in numbers.values() for seed in of_seed)
+    xs, values = [], []
+    for x, of_seed in numbers.items():
+        here = [v for seed, v in of_seed.items() if measured[seed] == max(measured.values())]
+        if here:
+            xs.append(x)
+            values.append(here)
+    return xs, values
 
 
 def baseline(arm, arms):
@@ -137,8 +152,9 @@ def add_margins(numbers):
             numbers.append((arm, seed, "probe, margin", x, value - own[mae, seed, x]))
 
 
-def cell(values, form):
-    """The mean of values and, of several seeds, the lowest and the highest."""
+def cell(of_seed, form):
+    """The mean of {seed: value} and, of several seeds, the lowest and the highest."""
+    values = of_seed.values()
     if not values:
         return "–"
     spread = f" ({min(values):{form}} … {max(values):{form}})" if len(values) > 1 else ""
@@ -154,7 +170,7 @@ def table(found):
         cells = []
         for measure, x in columns:
             form = {"loss": ".3f", "seconds": ".0f"}.get(measure, ".1f")
-            cells.append(cell(found.get(measure, {}).get(arm, {}).get(x, []), form))
+            cells.append(cell(found.get(measure, {}).get(arm, {}).get(x, {}), form))
         rows.append([ARMS.get(arm, arm), str(len(found["loss"][arm]["last"])), *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -164,12 +180,12 @@ def draw(found, out):
     names = []
     for measure, (title, xlabel, ylabel) in FIGURES.items():
         means, bands = {}, {}
-        for arm, values in found.get(measure, {}).items():
-            xs = sorted(x for x in values if isinstance(x, int))
+        for arm, of_x in found.get(measure, {}).items():
+            xs, values = curve(of_x)
             if len(xs) > 1 and (arm.split(",")[0] in ARMS):  # the ablation has its table
                 name = ARMS.get(arm, arm)
-                means[name] = xs, [statistics.fmean(values[x]) for x in xs]
-                bands[name] = [min(values[x]) for x in xs], [max(values[x]) for x in xs]
+                means[name] = xs, list(map(statistics.fmean, values))
+                bands[name] = list(map(min, values)), list(map(max, values))
         if means:
             several = any(lows != highs for lows, highs in bands.values())
             seeds = "bands: lowest to highest seed" if several else "one seed"
@@ -189,8 +205,8 @@ def report(root, out):
     make_directory(out)
     pictures = draw(found, out)
     parts = ["# The study in numbers", f"By `python -m study.report {root}`. Accuracies are in %, "
-             "on test images. Of several seeds: mean (lowest … highest). Seconds are of "
-             "pre-training.", table(found)]
+             "on test images. Of several seeds: mean (lowest … highest), else of one. Seconds "
+             "are of pre-training.", table(found)]
     for arm, values in found.get("probe, margin", {}).items():
         cells = " · ".join(f"{x}: {cell(values[x], '+.1f')}" for x in sorted(values))
         mae = baseline(arm, found["probe"])

@@ -103,6 +103,12 @@ def test_bands_reach_from_the_lowest_to_the_highest_seed(runs, monkeypatch):
     assert bands["DeepMIM"][1] == pytest.approx([1.56, 0.78, 0.52])
 
 
+def test_a_curve_has_only_the_seeds_that_were_measured_most():
+    of_x = {6: {"0": 68.0}, 8: {"0": 69.0, "1": 65.0}, 12: {"0": 70.0, "2": 71.0}, 4: {"1": 1.0}}
+    assert report.curve({**of_x, "last": {"1": 3.0}}) == ([6, 8, 12], [[68.0], [69.0], [70.0]])
+    assert report.curve({"last": {"1": 3.0}}) == ([], [])
+
+
 def test_epochs_of_equal_compute_follow_the_median_second(runs, capsys):
     """Three epochs of 23 s are 69 / 11 = 6.3 of 11 s, one that was held up aside."""
     report.main(["--equal-epochs", str(runs / "mae-0"), str(runs / "deepmim-0")])
