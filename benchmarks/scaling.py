@@ -29,7 +29,7 @@ TAPS = (6, 8, 10, 12)
 NAME = "ours, DeepMIM"
 PRESETS = {"nano": "cifar10-nano", "tiny": "cifar10", "base": "imagenet"}  # of each size
 DATA_SETS = (1_000, 4_000, 16_000)
-EPOCH = 4  # steps of an epoch, where processes are compared
+EPOCH = 1024  # images of one, where processes are compared
 
 
 def points(part, size, batch_size):
@@ -91,7 +91,7 @@ def second_epoch(world, threads, size, batch_size, machine, out):
     command = [sys.executable, *(launcher if world > 1 else []), "train.py",
                "--preset", PRESETS[size], "--data", "shapes", "--warmup-epochs", "0",
                "--epochs", "2", "--batch-size", str(batch_size),
-               "--limit", str(EPOCH * batch_size), "--device", "cpu", "--out", str(out),
+               "--limit", str(EPOCH), "--device", "cpu", "--out", str(out),
                "--no-amp" if machine.dtype == torch.float32 else "--amp"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -111,7 +111,7 @@ def processes(size, batch_size, rounds, machine):
                 out = Path(place) / f"{way}-{number}"
                 seconds[way].append(second_epoch(*way, size, batch_size, machine, out))
     return [{"processes": world, "threads_each": threads,
-             "images_per_second": common.rate(EPOCH * batch_size, spent),
+             "images_per_second": common.rate(EPOCH, spent),
              "times_one_process": common.ratio(spent, seconds[varied[0]])}
             for (world, threads), spent in seconds.items()]
 
