@@ -10,7 +10,7 @@
 
 Each writes a picture and its numbers, DIR/<command>.png and .json, --out DIR (default: figures).
 A.pt is ours, MAE's or timm's; reconstruct needs decoders. Images are held-out ones or, of a folder
-without train/, all of them. They are in float32, and unmasked but for reconstruct.
+without train/, all of them. They are in float32 (TF32 on a GPU), and unmasked but for reconstruct.
 """
 
 import json
@@ -168,7 +168,7 @@ def load_models(args, device):
 
 def short_names(paths):
     """Names for a legend: the folder of a model.pt, else the file; whole paths if two are alike."""
-    paths = [path.parent if path.name == "model.pt" else path for path in paths]
+    paths = [path.absolute().parent if path.name == "model.pt" else path for path in paths]
     names = [path.name.removesuffix(".pth").removesuffix(".pt") for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path} ({place})" for place, path in enumerate(paths, start=1)]
@@ -187,18 +187,13 @@ def held_out_batches(args, config, machine):
     return [batch for batch, _ in images.batches(chunks)]
 
 
-def lowest_of(matrix):
-    """The lowest number in a matrix, 0 if there are none."""
-    return min(matrix[matrix.isfinite()].tolist(), default=0.0)
-
-
 def cka(args, encoders, batches):
     """CKA of every block with the last, and each model's heat map of all pairs of blocks."""
     matrices = {name: block_cka(vit, vit, batches, args.tokens) for name, vit in encoders.items()}
     last = {name: matrix[:, -1].tolist() for name, matrix in matrices.items()}
     figure, (first, *rest) = figures.panels(1 + len(matrices), f"{args.tokens} tokens, {args.data}")
     figures.lines(first, last, "block", "CKA with the last block")
-    lowest = min(lowest_of(matrix) for matrix in matrices.values())  # one scale for all
+    lowest = min(matrix.nan_to_num().min().item() for matrix in matrices.values())  # one scale
     numbers = {}
     for axis, (name, matrix) in zip(rest, matrices.items()):
         figures.heat_map(axis, matrix, lowest, name, "block", "block")
@@ -209,13 +204,14 @@ def cka(args, encoders, batches):
 def cross_cka(args, encoders, batches):
     """CKA of one model's --block with every block of the other, both ways, and of all pairs."""
     (a, first), (b, second) = encoders.items()
-    block = args.block or min(8, first.config.depth)
     matrix = block_cka(first, second, batches, args.tokens)  # (blocks of A, blocks of B)
+    block = args.block or min(8, *matrix.shape)
     curves = {f"{a}, block {block}, with each of {b}": matrix[block - 1].tolist(),
               f"{b}, block {block}, with each of {a}": matrix[:, block - 1].tolist()}
     figure, (left, right) = figures.panels(2, f"{args.tokens} tokens, {args.data}", width=5)
     figures.lines(left, curves, "block of the other model", "CKA")
-    figures.heat_map(right, matrix, lowest_of(matrix), "", f"block of {b}", f"block of {a}")
+    lowest = matrix.nan_to_num().min().item()
+    figures.heat_map(right, matrix, lowest, "", f"block of {b}", f"block of {a}")
     return figure, {"block": block, "rows": a, "columns": b, "matrix": matrix.tolist(),
                     "curves": curves}
 
@@ -279,13 +275,12 @@ def blocks(args, encoders, batches):
     for name, found in numbers.items():
         group = re.sub(r"[-_]?\d+$", "", name) if args.seeds else name
         groups.setdefault(group, []).append(found["accuracy"])
-    figure, (axis,) = figures.panels(
-        1, f"linear probe, {args.tokens} tokens, {args.data}", width=6)
+    figure, (axis,) = figures.panels(1, f"linear probe, {args.tokens} tokens, {args.data}", 6)
     means = {name: torch.tensor(values).mean(dim=0).tolist() for name, values in groups.items()}
     bands = {name: torch.tensor(values).aminmax(dim=0) for name, values in groups.items()}
     figures.lines(axis, means, "block", "accuracy", bands)
     return figure, {"models": numbers, "differences": pairs, "training_images": len(sets[0]),
-                    "held_out_images": len(sets[1])}
+                    "images": len(sets[1])}
 
 
 @torch.no_grad()

@@ -74,7 +74,8 @@ def attention_map(q, k):
 
 
 def attend(q, k, v):
-    """Averages of v, weighted by attention_map: q, k, v (B, heads, T, d) → (B, heads, T, d).
+    """Averages of v, weighted by attention_map, one for each query.
+    q (B, heads, t, d), k and v (B, heads, T, d) → (B, heads, t, d)
     PyTorch's fused kernel does it, except for bfloat16 on a CPU. There the formula written out is
     several times faster at the lengths of masked images (benchmarks/attention.py)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -166,7 +167,7 @@ class Config:
                 raise ValueError(f"{field}: {value} must be divisible by {by}, {divisor}")
             if field != "image_size" and value % 4:
                 raise ValueError(f"{field}: {value} must be divisible by 4, for positions in 2-D")
-        rising = sorted(set(self.taps))
+        rising = sorted(set(map(int, self.taps)))
         if not rising or list(self.taps) != rising or rising[0] < 1 or rising[-1] != self.depth:
             raise ValueError(f"taps: {self.taps} must rise, from 1 or more to {self.depth} exactly")
         if self.norm_pix and self.patch_dim == 1:
@@ -380,11 +381,8 @@ class HogTargets:
         right[:, :, :, 1:-1] = images[:, :, :, 2:] - images[:, :, :, :-2]
         length, angle = torch.hypot(down, right), torch.atan2(down, right).remainder(math.pi)
         direction = (9 * angle / math.pi).int().clamp(max=8)                # 0 … 8, (B, C, H, H)
-        votes = []
-        for n in range(9):
-            votes.append(F.avg_pool2d(length * (direction == n), self.cell))
-        votes = torch.stack(votes, dim=2)                          # (B, C, 9, H / cell, H / cell)
-        votes = votes / (votes.square().sum(dim=2, keepdim=True) + 1e-10).sqrt()
+        votes = [F.avg_pool2d(length * (direction == n), self.cell) for n in range(9)]
+        votes = F.normalize(torch.stack(votes, dim=2), dim=2)      # (B, C, 9, H / cell, H / cell)
         side = self.config.patch_size // self.cell
         patches = rearrange(votes, "b c n (h p) (w q) -> b (h w) (p q c n)", p=side, q=side)
         return [take_patches(patches, ids_hide)] * len(self.config.taps)

@@ -145,8 +145,9 @@ def parse(argv):
     args = parser.parse(argv, PRESETS, LINEAR_PROBE)
     name = "scratch" if args.scratch else "finetune"
     for mode in ("keep_blocks", "trainable_blocks", "reinit_blocks", "linear_probe", "knn"):
-        if getattr(args, mode) not in (None, False):
-            name += f"{options.option(mode)[1:]}-{getattr(args, mode)}".removesuffix("-True")
+        value = getattr(args, mode)
+        if value is not None and value is not False:  # 0 blocks are a mode too
+            name += f"{options.option(mode)[1:]}-{value}".removesuffix("-True")
     if args.eval or args.predict:
         require(args.init, "--init: --eval and --predict need one, a model.pt of finetune.py")
         name = "eval" if args.eval else "predict"
@@ -267,23 +268,19 @@ def all_features(model, images, machine):
     return [torch.cat(parts) for parts in zip(*rows)]
 
 
-def knn_votes(queries, features, labels, classes, k, temperature=0.07):
-    """Weighted nearest neighbours (Wu et al. 2018), of features of unit length.
-    queries (Q, D), features (n, D), labels (n,) → votes (Q, classes)
-    Each of the k most similar features adds exp((similarity − 1) / temperature) to its label."""
-    similarity, nearest = (queries @ features.T).topk(k, dim=1)  # (Q, k)
-    votes = torch.zeros(len(queries), classes, device=queries.device)
-    return votes.scatter_add(1, labels[nearest], ((similarity - 1) / temperature).exp())
-
-
 def nearest_neighbours(features, labels, queries, classes, k):
-    """Classes of queries (Q, D) by knn_votes, (Q,). Features (n, D) are standardised over training
-    images: what all images share, most of a feature, would drown what tells them apart."""
+    """Classes by weighted nearest neighbours (Wu et al. 2018): (n, D), (n,), (Q, D) → (Q,).
+    Each of the k most similar features adds exp((cosine − 1) / 0.07) to its label. Features are
+    standardised: what all images share, most of a feature, would drown what tells them apart."""
     deviation, mean = torch.std_mean(features, dim=0)  # two (D,)
     features, queries = (F.normalize((x - mean) / (deviation + 1e-6)) for x in (features, queries))
-    votes = [knn_votes(some, features, labels, classes, k)
-             for some in queries.split(EVALUATION_BATCH)]
-    return torch.cat(votes).argmax(dim=1)
+    found = []
+    for some in queries.split(EVALUATION_BATCH):
+        cosine, nearest = (some @ features.T).topk(k, dim=1)            # two (B, k)
+        votes = torch.zeros(len(some), classes, device=some.device)     # (B, classes)
+        votes.scatter_add_(1, labels[nearest], ((cosine - 1) / 0.07).exp())
+        found.append(votes.argmax(dim=1))
+    return torch.cat(found)
 
 
 def load_classifier(args, machine):
@@ -305,6 +302,8 @@ def evaluate_checkpoint(args, machine):
     """--eval: write loss, accuracies and confusions on the held-out images of --data."""
     model, classes, value_range = load_classifier(args, machine)
     part = data.find_held_out(args.data, machine, classes, value_range)
+    if args.skip_damaged and args.data not in data.SOURCES:
+        part = folder.without_damaged(part, machine, args.workers)
     require(part.classes == classes, f"--data: {args.init} knows {', '.join(classes)}, and not "
             f"{', '.join(part.classes or ['images without classes'])}")
     images = data.prepare(part, model.encoder.config, machine, args.workers)
@@ -334,15 +333,17 @@ def predict(args, machine):
     for batch, _ in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH)):
         with machine.autocast():
             shares, ids = model(batch).float().softmax(dim=1).topk(best)       # two (B, 5)
-        for path, row, numbers in zip(files, shares.tolist(), ids.tolist()):
+        # files last: zip then takes none of the next batch's.
+        for row, numbers, path in zip(shares.tolist(), ids.tolist(), files):
             cells = [(classes[number], f"{share:.6f}") for number, share in zip(numbers, row)]
             lines.writerow([path, *(cell for pair in cells for cell in pair)])
         bar.update(len(batch))
     bar.close()
-    make_directory(Path(args.out))
-    path = Path(args.out) / "predictions.csv"
-    write(path, lambda file: file.write(table.getvalue().encode(errors="surrogateescape")))
-    machine.print(str(path))
+    if machine.is_main_process:
+        make_directory(Path(args.out))
+        path = Path(args.out) / "predictions.csv"
+        write(path, lambda file: file.write(table.getvalue().encode(errors="surrogateescape")))
+        machine.print(str(path))
 
 
 def main(argv=None):
@@ -354,8 +355,7 @@ def main(argv=None):
         return (evaluate_checkpoint if args.eval else predict)(args, machine)
     config, weights = start_from(args)
     train, held_out = data.find(args.data, machine, args.limit, args.hold_out, args.skip_damaged,
-                                args.workers, 1 if args.knn else args.batch_size,
-                                args.value_range)
+                                args.workers, 1 if args.knn else args.batch_size, args.value_range)
     alone = args.batch_size == machine.world * args.accumulate
     require(not (args.linear_probe and alone), "--batch-size: a linear probe's batch norm needs 2 "
             "images or more in each part of a batch")
@@ -363,8 +363,7 @@ def main(argv=None):
     require(len(classes or ()) > 1, f"--data: {args.data} has no classes to tell apart; "
             "train/<class>/* is needed, and val/ or test/ beside train/")
     further = v2.RandAugment(magnitude=args.randaugment) if args.randaugment else None
-    images = data.prepare(
-        train, config, machine, args.workers, args.shift, CROP_SCALE, further)
+    images = data.prepare(train, config, machine, args.workers, args.shift, CROP_SCALE, further)
     held_out = data.prepare(held_out, config, machine, args.workers)
     model = make_classifier(args, config, weights, len(classes), machine)
     run = Run(args.out, what_counts(args, images), machine, args.resume)
@@ -394,8 +393,7 @@ def main(argv=None):
                   "seconds": round(seconds, 2), "val_seconds": round(val_seconds, 2)}
         run.finish_epoch(record, {
             "config": asdict(config), "model": model.state_dict(), "classes": classes,
-            "pool": args.pool, "linear_probe": args.linear_probe,
-            "value_range": args.value_range})
+            "pool": args.pool, "linear_probe": args.linear_probe, "value_range": args.value_range})
         machine.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation accuracy "
                       f"{record['val_accuracy']:.2%}  {speed:.0f} images/s")
         if machine.is_main_process:  # after what matters is safe

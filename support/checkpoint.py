@@ -198,6 +198,7 @@ def main(argv=None):
     parser.add_argument("out", type=Path, help="a file, .pt or .safetensors")
     parser.add_argument("--to", required=True, choices=("timm", "mae", "hf"), help="whose names")
     args = parser.parse(argv)
+    require(args.out.parent.is_dir(), f"{args.out}: there is no directory to write it to")
     content = exported(args.model, args.to)
     if args.out.suffix == ".safetensors":
         from safetensors.torch import save_file

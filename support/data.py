@@ -194,13 +194,11 @@ class Files(Dataset):
 
     def __getitem__(self, key):
         index, seed = key
-        part = self.part
-        image = folder.read_image(part.items[index], self.channels, part.value_range)
+        image = folder.read_image(self.part.items[index], self.channels, self.part.value_range)
         transform = self.view if seed is None else self.augment
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from the global one
-            seed = randomness(seed, "transform", index).initial_seed()
-            torch.default_generator.manual_seed(seed)
-            return transform(v2.functional.pil_to_tensor(image)), part.labels[index]
+            torch.default_generator.manual_seed(randomness(seed, "transform", index).initial_seed())
+            return transform(v2.functional.pil_to_tensor(image)), self.part.labels[index]
 
 
 class Streamed:

@@ -82,19 +82,19 @@ def labelled(directory, machine, classes=None):
     try:
         inside = sorted(directory.iterdir())
     except OSError as error:
-        raise BadInput(f"--data: {directory} can't be used ({error})") from None
+        raise BadInput(f"{directory}: it can't be used ({error})") from None
     found = [path.name for path in inside if path.is_dir() and not path.name.startswith(".")]
     classes = found if classes is None else classes
     differ = sorted(set(classes) ^ set(found)) if classes else ()
-    require(not differ, f"--data: {directory} must have the classes of the training images; "
+    require(not differ, f"{directory}: it must have the classes of the training images; "
             f"these are in one only: {', '.join(differ)}")
     stray = [path for path in inside if path.suffix.lower() in SUFFIXES]
-    require(not (classes and stray), f"--data: {stray[:1]} lies beside class folders")
+    require(not (classes and stray), f"{directory}: images lie beside class folders ({len(stray)})")
     paths, labels, others = [], [], Counter()
     for label, name in enumerate(classes) if classes else [(-1, "")]:
         more, passed_over = walk(directory / name)
-        require(more, f"--data: no images in {directory / name}; .jpg or .png files are needed, or "
-                "train/<class>/ with them")
+        require(more, f"{directory / name}: no images in it; .jpg or .png files are needed, or, to "
+                "train, train/<class>/ with them")
         paths, labels, others = paths + more, labels + [label] * len(more), others + passed_over
     left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     machine.print(f"{directory}: {len(paths)} images" + (f"; not taken: {left}" if left else ""))
@@ -146,7 +146,7 @@ def without_damaged(part, machine, workers):
     with ThreadPoolExecutor(max(1, workers)) as pool:
         good = torch.tensor(list(pool.map(readable, part.items)))
     bad = [part.items[i] for i in (~good).nonzero().flatten().tolist()]
-    require(good.any(), f"--data: none of {len(bad)} files can be decoded")
+    require(good.any(), f"--skip-damaged: none of {len(bad)} files can be decoded")
     if bad:
         machine.print(f"--skip-damaged: left out {len(bad)} of {len(good)} files: {', '.join(bad)}")
     return part.take(good.nonzero().flatten())

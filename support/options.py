@@ -45,7 +45,7 @@ def run(main):
     except (BadInput, RunFailed) as error:
         status, line = 2 if isinstance(error, BadInput) else 1, str(error)
     except KeyboardInterrupt:
-        status, line = 130, "stopped; the same command goes on after the last finished epoch"
+        status, line = 130, "stopped; run the same command again to go on with training"
     # Before processes know one another, all fail alike, and one line is enough.
     if line and (dist.is_initialized() or os.environ.get("RANK", "0") == "0"):
         line = " ".join(line.split()).encode(errors="backslashreplace").decode()
@@ -69,7 +69,8 @@ class Parser(argparse.ArgumentParser):
         --lr goes over --blr, which is for 256 images of a batch (Goyal et al. 2017)."""
         first = Parser(add_help=False)
         first.add_argument("--preset", default="shapes")
-        first.add_argument("--linear-probe", action="store_const", const=linear_probe, default={})
+        first.add_argument("--linear-probe", action="store_const", default={},
+                           const=linear_probe or {})
         given, _ = first.parse_known_args(argv)
         recipe = {"lr": None, "blr": None, **(presets or {}).get(given.preset, {}),
                   **given.linear_probe}
@@ -81,6 +82,9 @@ class Parser(argparse.ArgumentParser):
                 value = getattr(args, name, None)
                 holds = value is None or low <= value < high
                 require(holds, f"{option(name)}: {value} must be at least {low} and below {high}")
+        ends = getattr(args, "value_range", None)
+        require(ends is None or len(ends) == 2 and ends[0] < ends[1],
+                "--value-range: two numbers are needed, of black and of white: 0,65535")
         if presets:
             lr, blr = (args.lr, args.blr) if args.lr or args.blr else (lr, blr)
             args.lr = lr or blr * args.batch_size / 256
@@ -89,9 +93,9 @@ class Parser(argparse.ArgumentParser):
 
 def number_list(text):
     """"6,8,10,12" → (6, 8, 10, 12), "0,1/3" → (0, 0.333…)"""
-    words = text.split(",") if text else ()
     try:
-        return tuple(int(word) if word.isdecimal() else float(Fraction(word)) for word in words)
+        numbers = [Fraction(word) for word in text.split(",")] if text else []
+        return tuple(int(n) if n.denominator == 1 else float(n) for n in numbers)
     except ArithmeticError:  # which argparse doesn't expect
         raise ValueError from None
 
@@ -159,11 +163,7 @@ def config_from(args):
 
 
 def check_run(args):
-    """Raise BadInput where warm-up takes all epochs, a range is none, or the run would lie among
-    its own images."""
+    """Raise BadInput where warm-up takes all epochs, or the run would lie among its images."""
     require((args.warmup_epochs or 0) < args.epochs, "--warmup-epochs: it must be below --epochs")
-    ends = args.value_range
-    require(ends is None or len(ends) == 2 and ends[0] < ends[1],
-            "--value-range: two numbers are needed, of black and of white: 0,65535")
     inside = Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
     require(args.data in ("", *BUILT_IN) or not inside, f"--out: {args.out} lies in --data")

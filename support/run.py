@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torchvision
-from torchvision.io import ImageReadMode
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from support import checkpoint
 from support.options import BadInput, RunFailed, option, require
@@ -173,6 +173,6 @@ class Run:
         for key, value in {**record, **losses}.items():
             if isinstance(value, float):
                 self.writer.add_scalar(key, value, record["epoch"])
-        picture = torchvision.io.read_image(str(self.path / name), ImageReadMode.RGB)
-        self.writer.add_image(name, picture, record["epoch"])
+        picture = Image.open(self.path / name).convert("RGB")
+        self.writer.add_image(name, pil_to_tensor(picture), record["epoch"])
         self.writer.flush()

@@ -50,8 +50,7 @@ class TimmEncoder(nn.Module):
 
     def grids(self, images):
         """What each block or stage makes of images (B, C, H, H): a list of (B, K, h, w)."""
-        return self.model.forward_intermediates(
-            images, output_fmt="NCHW", intermediates_only=True)
+        return self.model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
 
     def forward_intermediates(self, images):
         """As a ViT's, zeros in the class token's place: depth × (B, 1 + N, K)."""

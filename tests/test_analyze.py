@@ -177,7 +177,7 @@ def place(tmp_path_factory):
     write_images(path / "images", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), "u1"))
     write_images(path / "grey", [np.full((8, 8, 3), 20 * i, dtype=np.uint8) for i in range(10)])
     models = {"deep": {}, "mae": {"taps": (3,)}, "other": {"image_size": 16}, "one": {"heads": 1},
-              "zero": {"norm_pix": False}}
+              "short": {"depth": 2, "taps": (2,)}, "zero": {"norm_pix": False}}
     for seed, (name, changes) in enumerate(models.items()):
         torch.manual_seed(seed)
         model = DeepMIM(Config(**{**TINY, **changes}))
@@ -226,6 +226,7 @@ def test_cka_commands(call, place):
     torch.testing.assert_close(matrix, from_batches(xs, ys, 20).float(), atol=1e-4, rtol=1e-4)
     across, down = map(torch.tensor, found["curves"].values())
     assert torch.equal(across, matrix[1]) and torch.equal(down, matrix[:, 1])
+    assert call("cross-cka deep.pt short.pt")["block"] == 2  # which both have
 
 
 def test_heads_command_weighs_batches_by_their_images(call, place, monkeypatch):
@@ -278,11 +279,13 @@ def test_names_in_legends():
     def names(*paths):
         return analyze.short_names([Path(path) for path in paths])
     assert names("a/model.pt", "x/b/model.pt", "mae.pth", "x/c") == ["a", "b", "mae", "c"]
-    assert names("x/a/model.pt", "y/a/model.pt") == ["x/a (1)", "y/a (2)"]
+    assert names("/x/a/model.pt", "/y/a/model.pt") == ["/x/a (1)", "/y/a (2)"]
+    assert names("model.pt") == [Path.cwd().name]
 
 
 @pytest.mark.parametrize("line, words", [
     ("cka nowhere.pt", "nowhere.pt: no such file"), ("cka deep.pt --tokens some", "--tokens"),
+    ("cka deep.pt --value-range 9,1", "--value-range: two"),
     ("cka deep.pt --images 3", "--images: "), ("cka deep.pt --images 0", "--images: 0 must"),
     ("cka deep.pt --heads 4", "deep.pt has 2, not 4"), ("cka bare.pt", "say --heads"),
     ("cka deep.pt other.pt", "other.pt: "), ("heads one.pt", "one has one head"),
@@ -376,7 +379,7 @@ def test_blocks_command(call, place, tmp_path):
         source = place / ("deep.pt" if seed else "mae.pt")
         (place / f"m-{seed}.pt").write_bytes(source.read_bytes())
     found = call("blocks m-0.pt m-1.pt --seeds", images="classes")
-    assert found["training_images"] == 60 and found["held_out_images"] == 20
+    assert found["training_images"] == 60 and found["images"] == 20
     encoder = checkpoint.load_frozen(place / "m-0.pt")
     parts = data.find(str(place / "classes"), Machine(torch.device("cpu")))
     (x, labels), (asked, wanted) = (

@@ -146,7 +146,7 @@ def test_held_out_images_are_those_of_find_or_all_without_train(images):
     assert data.find_held_out(images, Machine(CPU)).items == held_out.items
     plain = data.find_held_out(images / "train", Machine(CPU))
     assert plain.items == train.items and plain.labels.tolist() == [-1] * 18
-    for name, words in (("", "neither shapes, cifar10"), ("missing", "missing can't be")):
+    for name, words in (("", "neither shapes, cifar10"), ("missing", "missing: it can't be")):
         with pytest.raises(BadInput, match=words):
             data.find_held_out(name, Machine(CPU))
 

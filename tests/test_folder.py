@@ -52,10 +52,10 @@ def keep(count, place):
     (lambda root: shutil.rmtree(root / "val"), "", "neither val/ nor test/"),
     (lambda root: (root / "val" / "cat").rename(root / "val" / "bird"), "", "one only: bird, cat"),
     (lambda root: [(root / part / "bird").mkdir() for part in ("train", "val")], "", "train.*bird"),
-    (keep(0, "val/cat"), "", "--data: no images in .*val/cat"),
-    (keep(0, "val/cat"), "val/cat", "no images in .*val/cat"),
+    (keep(0, "val/cat"), "", "val/cat: no images in it"),
+    (keep(0, "val/cat"), "val/cat", "val/cat: no images in it"),
     (keep(1, "val/cat"), "val/cat", "val/cat/0.png"),
-    (lambda root: (root / "train/cat/0.png").rename(root / "train/0.png"), "", "0.png.* lies"),
+    (lambda root: (root / "train/cat/0.png").rename(root / "train/0.png"), "", "train: images lie"),
 ])
 def test_bad_directories_are_refused(tmp_path, spoil, place, words):
     root = write_folder(tmp_path / "root")

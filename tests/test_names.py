@@ -100,6 +100,8 @@ def test_a_model_of_ours_becomes_maes_and_comes_back(tmp_path):
     torch.save({"config": vars(TINY), "model": probe.state_dict()}, tmp_path / "model.pt")
     with pytest.raises(BadInput, match="batch norm"):
         checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/out", "--to", "timm"])
+    with pytest.raises(BadInput, match="vit.pth: there is no directory"):
+        checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/no/vit.pth", "--to", "timm"])
     assert not (tmp_path / "out").exists()
 
 

@@ -18,6 +18,8 @@ def test_options_go_over_presets_over_defaults(monkeypatch):
     assert (args.dim, args.heads, args.epochs, args.depth) == (16, 4, 3, 12)
     assert options.config_from(args) == Config(dim=16, heads=4, taps=(3, 12), norm_pix=False)
     assert options.number_list("0,1/3,0.5") == pytest.approx((0, 1 / 3, 0.5))
+    numbers = options.number_list("6, 8,12.0")
+    assert numbers == (6, 8, 12) and all(type(number) is int for number in numbers)
 
 
 @pytest.mark.parametrize("preset, arguments, expected", [
@@ -41,6 +43,12 @@ def test_a_run_may_lie_in_a_folder_that_is_called_like_built_in_data(out):
         assert train.parse(["--data", name, "--out", out]).out == out
 
 
+@pytest.mark.parametrize("mode, name", [
+    ([], ""), (["--trainable-blocks", "0"], "-trainable-blocks-0"), (["--knn"], "-knn")])
+def test_every_mode_has_a_directory_of_its_own(mode, name):
+    assert finetune.parse(["--init", "model.pt", *mode]).out == f"runs/shapes-finetune{name}"
+
+
 @pytest.mark.parametrize("script, start", [(train, []), (finetune, ["--scratch"])])
 def test_presets_set_options_that_exist(monkeypatch, script, start):
     presets = script.PRESETS
@@ -58,7 +66,7 @@ def ended(capsys, main):
 @pytest.mark.parametrize("error, status, words", [
     (None, 0, ""), (BadInput("--dim: 3\n\twas\ngiven"), 2, "--dim: 3 was given\n"),
     (BadInput("\udcff.png"), 2, "\\udcff.png\n"), (RunFailed("a full disk"), 1, "a full disk\n"),
-    (KeyboardInterrupt(), 130, "the same command goes on after the last finished epoch\n")])
+    (KeyboardInterrupt(), 130, "run the same command again to go on with training\n")])
 def test_a_script_ends_with_a_status_and_one_line(capsys, monkeypatch, error, status, words):
     def main():
         if error:
@@ -83,7 +91,8 @@ BOTH = [
     "--preset cifar11", "--preset", "--device tpu", "--device cuda → no cuda device", "--nonsense",
     "--epoch 3 → --epoch", "--data nowhere → 'nowhere' is neither", "--data FILE → --data",
     "--out FILE", "--out FILE/run", "--out DATA/train/run → lies in --data",
-    "--out DATA → lies in --data", "--dim 18 → --dim: 18 must be divisible by 4",
+    "--out DATA → lies in --data", "--value-range 9,1 → --value-range: two numbers",
+    "--value-range 9 → --value-range: two numbers", "--dim 18 → --dim: 18 must be divisible by 4",
     "--depth 0 → --depth: 0 must be 1 or more",
     "--heads 3 → --dim: 16 must be divisible by heads, 3", "--channels 2 → --channels: images",
     "--image-size 9 → --image-size: 9 must be divisible by patch_size, 2",
@@ -91,6 +100,7 @@ BOTH = [
     "--init OTHER → OTHER: no ViT of ours", "--init NAN → cls_token holds NaN"]
 TRAIN = [
     "--taps 1,2", "--taps 0,3 → --taps: (0, 3) must rise, from 1", "--taps 1,4", "--taps 2,1,3",
+    "--linear-probe → unrecognized", "--taps 1.5,3 → --taps: (1.5, 3) must rise",
     "--taps 1,1,3", "--taps ,", "--taps one → 'one'", "--taps 6,x", "--alphas 0,1/2", "--alphas x",
     "--alphas 0 --teacher MODEL → must be 2 numbers", "--method clip",
     "--alphas 0,2 --teacher MODEL → in 0 to 1", "--alphas 0,nan --teacher MODEL",

@@ -119,6 +119,10 @@ def test_a_probe_of_two_processes_is_measured_as_it_is_saved(call, images, tmp_p
     call("finetune", "--eval", "--init", tmp_path / "model.pt")
     found, expected = json.loads(capsys.readouterr().out.splitlines()[-1]), log(tmp_path)[-1]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+    torchrun("finetune.py", *arguments_of(
+        "finetune", images, "--predict", images / "val", "--init", tmp_path / "model.pt",
+        "--out", tmp_path))
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 13
 
 
 @SCRIPTS
