@@ -38,6 +38,7 @@ sizes = dict(SIZES["nano"], decoder_depth=1, mask_ratio=0.6, norm_pix=False)
 small = DeepMIM(Config(**sizes)).to(machine.device)
 pictures = data.InMemory(*shapes.make_shapes(4000, "notebook"), None, 32, machine.device)
 optimizers = make_optimizers(small, "muon", 0.05, 0.95, machine.dtype)
+scaler = machine.grad_scaler()  # for float16, on older GPUs
 steps, losses, curve = 240, [], display(display_id=True)
 schedule = make_schedule(8.5e-3, 1, 0.1, steps)
 order = torch.randint(4000, (steps, 32))
@@ -45,9 +46,10 @@ for step, (batch, _) in enumerate(pictures.batches(order, seed=0)):
     set_lr(optimizers, schedule(step + 1))
     with machine.autocast():
         output = small(batch)
-    output.loss.backward()
+    scaler.scale(output.loss).backward()
     for optimizer in optimizers:
-        optimizer.step()
+        scaler.step(optimizer)
+    scaler.update()
     small.zero_grad()
     losses.append(output.losses.tolist())
     if step % 20 == 19:

@@ -122,14 +122,16 @@ def test_head_similarity_of_known_cases():
 
 
 def test_head_similarity_equals_the_definition():
-    x = normal(2, 3, 4, 4).flatten(2)
-    pairs = torch.cosine_similarity(x[:, [0, 0, 1]], x[:, [1, 2, 2]], dim=2)
+    x = normal(2, 3, 4, 4)
+    flat = x.flatten(2)
+    pairs = torch.cosine_similarity(flat[:, [0, 0, 1]], flat[:, [1, 2, 2]], dim=2)
     assert head_similarity(x).item() == pytest.approx(pairs.mean().item())
 
 
 def test_ridge_probe_is_least_squares_with_rows_that_pull_the_weights_to_zero():
-    x, labels = 3 + 2 * normal(60, 5), torch.arange(60) % 3
-    queries, strength = 3 + 2 * normal(40, 5, seed=1), 0.1
+    scales, labels = torch.arange(1, 6), (torch.arange(60) % 5).clamp(max=2)  # not equally many
+    x, queries = 3 + scales * normal(60, 5), 4 + 2 * scales * normal(40, 5, seed=1)
+    strength = 0.1
     deviation, mean = torch.std_mean(x, dim=0)
     rows, asked = ((part - mean) / deviation for part in (x, queries))
     pull = (60 * strength) ** 0.5 * torch.eye(5, dtype=torch.float64)

@@ -151,6 +151,11 @@ def test_decoder_knows_patches_by_their_places_and_not_by_their_order():
     torch.testing.assert_close(decoder(reordered, IDS_KEEP[:, order], IDS_HIDE), prediction)
     torch.testing.assert_close(decoder(tokens, IDS_KEEP, IDS_HIDE.flip(1)), prediction.flip(1))
     assert not torch.allclose(decoder(reordered, IDS_KEEP, IDS_HIDE), prediction)
+    seen = []
+    decoder.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(tokens, IDS_KEEP, IDS_HIDE)
+    assert seen == [torch.bfloat16]
 
 
 def test_pixel_targets_are_normalised_patch_by_patch():
@@ -162,19 +167,21 @@ def test_pixel_targets_are_normalised_patch_by_patch():
         variance = sum((value - mean) ** 2 for value in patch.tolist()) / 11
         torch.testing.assert_close(target, (patch - mean) / math.sqrt(variance + 1e-6))
     flat = PixelTargets(Config(**TINY))(torch.full((5, 3, 8, 8), 0.7), IDS_KEEP, IDS_HIDE)
-    assert (flat[2].abs() < 1e-3).all()
+    assert (flat[2].abs() < 1e-3).all() and len(flat) == 4
+    for target in PixelTargets(Config(**{**TINY, "norm_pix": False}))(IMAGES, IDS_KEEP, IDS_HIDE):
+        assert torch.equal(target, take_patches(deepmim.patchify(IMAGES, 2), IDS_HIDE))
 
 
 def test_hybrid_targets_go_from_teacher_to_image(stand_ins):
-    config, teacher, alphas = Config(**TINY), tiny(seed=1, taps=(4,)), (0, 1 / 4, 1)
+    config, teacher, alphas = Config(**TINY), tiny(seed=1, taps=(2, 4)), (0, 1 / 4, 1)
     x = PixelTargets(config)(IMAGES, IDS_KEEP, IDS_HIDE)[0]
-    x_hat = teacher.decoders[0](teacher.encoder(IMAGES, IDS_KEEP), IDS_KEEP, IDS_HIDE)
+    x_hat = teacher.decoders[-1](teacher.encoder(IMAGES, IDS_KEEP), IDS_KEEP, IDS_HIDE)
     targets = HybridTargets(config, teacher, alphas)(IMAGES, IDS_KEEP, IDS_HIDE)
     for target, alpha in zip(targets, (*alphas, 1), strict=True):
         torch.testing.assert_close(target, alpha * x + (1 - alpha) * x_hat)
         assert not target.requires_grad
     assert HybridTargets(config, teacher).alphas == [0, 1 / 3, 2 / 3]
-    assert HybridTargets(teacher.config, teacher).alphas == []
+    assert HybridTargets(Config(**{**TINY, "taps": (4,)}), teacher).alphas == []
 
 
 def test_hybrid_targets_refuse_wrong_alphas_and_teachers():
@@ -195,6 +202,9 @@ def test_loss_is_the_mean_over_hidden_patches_only():
     assert loss.item() == pytest.approx(sum((p - t) ** 2 for p, t in pairs) / 60, rel=1e-5)
     loss.backward()
     torch.testing.assert_close(prediction.grad, 2 * (prediction.detach() - target) / 60)
+    low = prediction.detach().bfloat16()
+    expected = deepmim.reconstruction_loss(low.float(), target)
+    torch.testing.assert_close(deepmim.reconstruction_loss(low, target), expected)
     with pytest.raises(ValueError):  # no broadcast
         deepmim.reconstruction_loss(torch.zeros(5, 12, 12), torch.zeros(5, 12, 1))
 
@@ -252,9 +262,10 @@ def test_forward_gives_each_decoder_its_tap_and_its_target(stand_ins):
         x = take_patches(deepmim.patchify(images, 2), ids_hide)
         return [x, x.square(), x + ids_keep.sum()]
 
-    model, seen = tiny(taps=(2, 3, 4)), {}
+    model, seen, passes = tiny(taps=(2, 3, 4)), {}, []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *call, name=name: seen.update({name: call[1:]}))
+    model.encoder.blocks[0].register_forward_hook(lambda *_: passes.append("one"))
     output, ids = model(IMAGES, NOISE, own), deepmim.random_masking(NOISE, 0.75)
     for i, tap in enumerate(("encoder.blocks.1", "encoder.blocks.2", "encoder.norm")):
         given, prediction = seen[f"decoders.{i}"]
@@ -263,12 +274,15 @@ def test_forward_gives_each_decoder_its_tap_and_its_target(stand_ins):
         loss = deepmim.reconstruction_loss(prediction, own(IMAGES, *ids)[i])
         torch.testing.assert_close(output.losses[i], loss)
     torch.testing.assert_close(output.loss, output.losses.sum())
-    assert all(map(torch.equal, output[3:], ids))
+    assert all(map(torch.equal, output[3:], ids)) and passes == ["one"]
 
 
-def test_forward_refuses_too_few_targets(stand_ins):
+def test_forward_refuses_too_few_or_too_many_targets(stand_ins):
+    few = {"taps": (2, 3, 4)}
     with pytest.raises(ValueError):
-        tiny()(IMAGES, NOISE, PixelTargets(Config(**{**TINY, "taps": (2, 3, 4)})))
+        tiny()(IMAGES, NOISE, PixelTargets(Config(**{**TINY, **few})))
+    with pytest.raises(ValueError):
+        tiny(**few)(IMAGES, NOISE, PixelTargets(Config(**TINY)))
 
 
 def test_forward_refuses_images_of_another_size(stand_ins):

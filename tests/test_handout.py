@@ -88,7 +88,7 @@ def test_a_body_decides_whether_its_tests_pass(outcomes, number):
         assert outcomes[number + 1][test] == {"PASSED"}, test
 
 
-WRONG = {  # three plausible mistakes in each function: (what is there, what is wrong)
+WRONG = {  # plausible mistakes in each function: (what is there, what is wrong)
     "patchify": [("(p q c)", "(c p q)"), ("b (h w)", "b (w h)"), ("(p q c)", "(q p c)")],
     "random_masking": [("argsort(dim=1)", "argsort(dim=1, descending=True)"),
                        ("noise.argsort(dim=1)", "noise.argsort(dim=1).argsort(dim=1)"),
@@ -98,29 +98,43 @@ WRONG = {  # three plausible mistakes in each function: (what is there, what is 
     "attention_map": [("** -0.5", "** -1"), ("softmax(dim=-1)", "softmax(dim=-2)"),
                       ("q * q.shape[-1] ** -0.5", "q")],
     "PixelTargets.__call__": [("ids_hide)  #", "ids_keep)  #"), ("x - mean", "x"),
-                              ("(x - mean) / deviation", "(x - x.mean()) / x.std()")],
+                              ("(x - mean) / deviation", "(x - x.mean()) / x.std()"),
+                              ("if self.config.norm_pix:", "if True:")],
     "reconstruction_loss": [("F.mse_loss", "F.l1_loss"), (".mse_loss(", ".mse_loss(2 * "),
-                            ("if prediction.shape != target.shape:", "if False:")],
+                            ("if prediction.shape != target.shape:", "if False:"),
+                            ("prediction.to(target.dtype), target",
+                             "prediction, target.to(prediction.dtype)")],
     "Decoder.forward": [("1 + ids_keep, 1 + ids_hide", "ids_keep, ids_hide"),
                         ("1 + ids_keep, 1 + ids_hide", "1 + ids_hide, 1 + ids_keep"),
-                        ("x = block(x)", "x = block(x, slice(-hidden, None))")],
+                        ("x = block(x)", "x = block(x, slice(-hidden, None))"),
+                        ("in_stream_precision(x + self.pos_embed[0, places])",
+                         "x + self.pos_embed[0, places]")],
     "HybridTargets.__call__": [
         ("alpha * x + (1 - alpha)", "(1 - alpha) * x + alpha"), ("+ [x]", "+ [x_hat]"),
-        ("encoder(images, ids_keep)", "encoder.forward_intermediates(images, ids_keep)[-1]")],
+        ("encoder(images, ids_keep)", "encoder.forward_intermediates(images, ids_keep)[-1]"),
+        ("decoders[-1]", "decoders[0]")],
     "FeatureTargets.__call__": [("tokens[:, 1:]", "tokens[:, :-1]"), ("/ self.blocks", ""),
-                                ("ids_hide)]", "ids_keep)]")],
+                                ("ids_hide)]", "ids_keep)]"),
+                                ("F.layer_norm(tokens[:, 1:].float(), (self.target_dim,))",
+                                 "self.encoder.norm(tokens[:, 1:].float())")],
     "DeepMIM.forward": [("outputs[tap - 1]", "outputs[tap - 2]"), (", strict=True", ""),
-                        ("[self.encoder.norm(outputs[-1])]", "[outputs[-1]]")],
+                        ("[self.encoder.norm(outputs[-1])]", "[outputs[-1]]"),
+                        ("self.encoder.norm(outputs[-1])", "self.encoder(images, ids_keep)")],
     "head_similarity": [("similarity.sum(dim=(1, 2)) - own", "similarity.sum(dim=(1, 2))"),
                         ("heads * (heads - 1)", "heads**2"), ("F.normalize(x.flatten(2), dim=2)",
-                                                              "x.flatten(2)")],
+                                                              "x.flatten(2)"),
+                        ("F.normalize(x.flatten(2), dim=2)",
+                         "F.normalize(x, dim=-1).flatten(2) / x.shape[2] ** 0.5")],
     "linear_cka": [("x - x.mean(dim=0), y - y.mean(dim=0)", "x, y"), (".square().sum()", ".norm()"),
                    ("x.mean(dim=0)", "x.mean()")],
     "unbiased_hsic": [("2 / (n - 2)", "1 / (n - 2)"), ("(n * (n - 3))", "(n * (n - 1))"),
                       ("(n - 1) * (n - 2)", "n * (n - 1)")],
     "ridge_probe": [("for rows in (x, queries))", "for rows in (x, 2 * queries))"),
                     ("strength * torch", "len(x) * strength * torch"),
-                    ("std_mean(x.double(), dim=0)", "std_mean(x.double())")],
+                    ("std_mean(x.double(), dim=0)", "std_mean(x.double())"),
+                    (" + wanted.mean(dim=0)", ""),
+                    ("(rows.double() - mean) / (deviation + 1e-6)",
+                     "(rows.double() - rows.double().mean(0)) / rows.double().std(0)")],
 }
 
 
@@ -139,7 +153,7 @@ def test_wrong_solutions_are_caught(tmp_path):
             (place / exercise.file).write_text("".join(lines), encoding="utf-8")
             (place / "graders").write_text("\n".join(exercise.ids))
     found = graded(tmp_path)
-    assert len(found) == 3 * len(EXERCISES)
+    assert len(found) == sum(map(len, WRONG.values())) and min(map(len, WRONG.values())) >= 3
     missed = [name for name, lines in found.items()
               if all(outcome == "PASSED" for outcome, *_ in lines)]
     assert not missed
@@ -181,6 +195,30 @@ def test_one_mistake_costs_one_exercise_and_edited_tests_change_nothing(few, stu
     assert found["linear_cka"] == (0, "NotImplementedError: exercise 3: linear_cka")  # of few
     assert (content["points"], content["of"]) == (1, 4)
     assert capsys.readouterr().out.endswith("1 of 4 points\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", [
+    "    import pytest\n    pytest.skip()\n", "    import os\n    os._exit(0)\n",
+    "    raise type('passed', (Exception,), {'__module__': 'builtins'})()\n"])
+@pytest.mark.slow
+def test_tests_that_are_left_out_earn_nothing(few, monkeypatch, student, body):
+    monkeypatch.setattr(handout, "EXERCISES", handout.EXERCISES[:1])
+    text = (student / "deepmim.py").read_text()
+    (student / "deepmim.py").write_text(text.replace("    return", f"{body}    return", 1))
+    found, content = points(student)
+    assert found["patchify"][0] == content["points"] == 0
+
+
+@pytest.mark.slow
+def test_a_function_is_read_as_python_reads_it(few, monkeypatch, student):
+    """A stub above the solution, a form feed, and what editors of Windows put at the start."""
+    monkeypatch.setattr(handout, "EXERCISES", handout.EXERCISES[:2])
+    text = (student / "deepmim.py").read_text()
+    stub = "def patchify(images, patch_size):\n    raise NotImplementedError  # \f\u2028\n\n\n"
+    text = text.replace("def patchify", f"{stub}def patchify", 1)
+    (student / "deepmim.py").write_text("\ufeff" + text, encoding="utf-8")
+    assert points(student)[1]["points"] == 2
 
 
 @pytest.mark.slow
