@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -107,6 +108,21 @@ def test_a_curve_has_only_the_seeds_that_were_measured_most():
     of_x = {6: {"0": 68.0}, 8: {"0": 69.0, "1": 65.0}, 12: {"0": 70.0, "2": 71.0}, 4: {"1": 1.0}}
     assert report.curve({**of_x, "last": {"1": 3.0}}) == ([6, 8, 12], [[68.0], [69.0], [70.0]])
     assert report.curve({"last": {"1": 3.0}}) == ([], [])
+
+
+@pytest.mark.parametrize("words, measure, xs", [
+    ("a linear probe of block 6, 8, 12", "probe", (6, 8, 12)), ("fine-tuned, 10,000", "cut", (12,)),
+    ("the same, the encoder cut off after block 8", "cut", (8,))])
+def test_readmes_numbers_are_those_of_the_evidence(words, measure, xs):
+    here = Path(report.__file__).parent
+    numbers = [*report.of_tuning(here / "small"), *report.of_analyses(here / "small")]
+    found = report.summarise(numbers)
+    text = (here.parent / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {words}")]
+    for arm, cell in zip(("random", "mae", "deepmim"), row.split("|")[2:5], strict=True):
+        of_x = found[measure].get(arm, {})
+        means = [statistics.fmean(of_x[x].values()) for x in xs if x in of_x]
+        assert re.findall(r"\d+\.\d", cell) == [f"{mean:.1f}" for mean in means]
 
 
 def test_epochs_of_equal_compute_follow_the_median_second(runs, capsys):
