@@ -254,6 +254,7 @@ def blocks(args, encoders, batches):
     for part, count in zip(parts, (args.train_images, args.images)):
         order = torch.randperm(len(part.labels), generator=randomness("blocks"))[:count]
         sets.append(data.prepare(part.take(order), config, machine, args.workers))
+    require(len(sets[0]) > 2, f"--train-images: a probe needs 3 or more, not {len(sets[0])}")
     numbers, right = {}, {}
     for name, encoder in encoders.items():
         xs, labels = labelled_features(encoder, sets[0], args.tokens)

@@ -150,6 +150,8 @@ def parse(argv):
             name += f"{options.option(mode)[1:]}-{value}".removesuffix("-True")
     if args.eval or args.predict:
         require(args.init, "--init: --eval and --predict need one, a model.pt of finetune.py")
+        require(not (args.hold_out or args.keep_blocks), "--hold-out, --keep-blocks: --eval and "
+                "--predict take the model as it is, and the images of val/ or test/")
         name = "eval" if args.eval else "predict"
     args.out = args.out or f"runs/{args.preset}-{name}"
     options.check_run(args)
@@ -160,7 +162,9 @@ def start_from(args):
     """(Config, checkpoint.Weights or None for --scratch) to start from; raises BadInput."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
     if args.scratch:
-        sizes = {"depth": args.keep_blocks or Config.depth, **SIZES[args.size], **given}
+        depth = Config.depth if args.depth is None else args.depth
+        require((args.keep_blocks or 0) <= depth, f"--keep-blocks: the encoder has {depth} blocks")
+        sizes = {**SIZES[args.size], **given, "depth": args.keep_blocks or depth}
         config, weights = options.naming_option(Config, **sizes, taps=(sizes["depth"],)), None
     else:
         weights = checkpoint.read_model(args.init, args.heads)

@@ -168,8 +168,8 @@ def main(argv=None):
         begin = time.perf_counter()
         losses, lr = train_epoch(network, targets, images, optimizers, scaler, schedule, epoch,
                                  config, machine, args.batch_size, args.accumulate, args.seed)
-        seconds = time.perf_counter() - begin
         by_tap = {str(tap): loss for tap, loss in zip(config.taps, losses.tolist())}
+        seconds = time.perf_counter() - begin  # after tolist, which waits for a GPU
         speed = round(steps * args.batch_size / seconds, 1)
         record = {"loss": losses.sum().item(), "losses": by_tap, "learning_rate": lr,
                   "images_per_second": speed, "seconds": round(seconds, 2)}

@@ -160,15 +160,15 @@ def judge(model, parts, machine):
 
 def run(arm, machine):
     """Train an arm and write what came of it."""
-    price = cost(arm, machine)
-    n, count = len(data.SOURCES["held-out"](machine)[0].labels), BASES[base_of(arm)][1] / price
-    epochs = math.ceil(count / n)
-    limit = round(count / epochs)
+    price, images = cost(arm, machine), BASES[base_of(arm)][1]
+    n = len(data.SOURCES["held-out"](machine)[0].labels)
+    epochs = math.ceil(1.5 * images / n)  # the same for all, whatever noise is in a price
+    limit = min(n, round(images / price / epochs))
     words, settings = split_arm(arm)
     for name, value in settings.items():
         setattr(optimizer, name, float(value))
     command = ["--epochs", str(epochs), "--limit", str(limit), *words, "--data", "held-out",
-               "--out", f"runs/recipe/{arm}"]
+               "--no-resume", "--out", f"runs/recipe/{arm}"]
     args = train.parse(command)
     train.main(command)
     content = checkpoint.read(f"{args.out}/model.pt")

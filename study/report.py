@@ -65,6 +65,8 @@ def equal_epochs(mae, deepmim):
 def of_pretraining(root):
     """Yield (arm, seed, measure, x, value) of the runs of train.py."""
     for result in sorted(root.glob("*/result.json")):
+        if "losses" not in read(result):  # a run of finetune.py
+            continue
         arm, _, seed = result.parent.name.rpartition("-")
         log = read_log(result.parent)
         losses = [list(record["losses"].values())[-1] for record in log]
@@ -80,6 +82,8 @@ def of_tuning(root):
         arm, _, seed = result.parent.parent.name.rpartition("-")
         measure, _, k = result.parent.name.rpartition("-")
         found = read(result)
+        if not k.isdigit() or "val_seconds" not in found:  # of another study
+            continue
         yield arm, seed, measure, int(k), 100 * found["val_accuracy"]
         yield arm, seed, f"{measure}, seconds to classify", int(k), found["val_seconds"]
 

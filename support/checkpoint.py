@@ -136,7 +136,8 @@ def load_whole(model, weights):
     load_encoder(model.encoder, weights)
     taken = []
     for tap, decoder in zip(model.config.taps, model.decoders):
-        if tap not in weights.config.taps:
+        same_heads = weights.config.decoder_heads == model.config.decoder_heads
+        if tap not in weights.config.taps or not same_heads:
             continue
         prefix = f"decoders.{weights.config.taps.index(tap)}."
         state = {name.removeprefix(prefix): value for name, value in weights.state.items()}

@@ -1,5 +1,6 @@
 """A directory to paths and labels, and a file to pixels."""
 
+import contextlib
 import math
 import os
 from collections import Counter
@@ -106,11 +107,12 @@ def open_image(path):
     try:
         image = Image.open(path, formats=FORMATS)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in Pillow, and say anything
         raise BadInput(f"{path}: not an image that can be read ({error}); repair or remove it, or "
                        "use --skip-damaged") from None
+    with contextlib.suppress(Exception):  # where only the note of its orientation is damaged
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def read_image(path, channels, value_range=None):

@@ -51,6 +51,10 @@ def run(main):
         line = " ".join(line.split()).encode(errors="backslashreplace").decode()
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     if dist.is_initialized():
+        if status:  # other processes may wait for this one, and NCCL would wait for them
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
         dist.destroy_process_group()
     sys.exit(status)
 

@@ -110,8 +110,9 @@ class Run:
             except ImportError:
                 raise BadInput("--log tensorboard: pip install tensorboard") from None
             self.writer = SummaryWriter(self.path, purge_step=len(self.history) + 1)
-        for name in () if self.resume else ("last.pt", "result.json", "log.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
+        for name in () if self.resume else ("last.pt", "result.json", "log.jsonl", "epoch-*.pt"):
+            for path in self.path.glob(name):
+                path.unlink()
 
     def epochs(self, total, model, optimizers, scaler):
         """Yield the epochs left of `total`, from 0, with all as it was where the run stopped."""
@@ -157,6 +158,11 @@ class Run:
                  "model": model.state_dict(), "scaler": scaler.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(self.path / "last.pt", lambda file: torch.save(state, file))
+        if self.writer:
+            losses = {f"loss after block {tap}": x for tap, x in record.get("losses", {}).items()}
+            for name, value in {**figures, **losses}.items():
+                self.writer.add_scalar(name, value, record["epoch"])
+            self.writer.flush()
 
     def keep(self, content, name):
         """Write content, its weights in half precision, as OUT/name."""
@@ -165,14 +171,8 @@ class Run:
             write(self.path / name, lambda file: torch.save({**content, "model": half}, file))
 
     def show(self, name):
-        """With --log tensorboard: the last epoch's numbers, and the picture OUT/name."""
-        if not self.writer:
-            return
-        record = self.history[-1]
-        losses = {f"loss after block {tap}": loss for tap, loss in record.get("losses", {}).items()}
-        for key, value in {**record, **losses}.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(key, value, record["epoch"])
-        picture = Image.open(self.path / name).convert("RGB")
-        self.writer.add_image(name, pil_to_tensor(picture), record["epoch"])
-        self.writer.flush()
+        """With --log tensorboard: the picture OUT/name."""
+        if self.writer:
+            picture = pil_to_tensor(Image.open(self.path / name).convert("RGB"))
+            self.writer.add_image(name, picture, len(self.history))
+            self.writer.flush()

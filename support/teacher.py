@@ -57,6 +57,7 @@ class TimmEncoder(nn.Module):
         outputs = []
         for grid in self.grids((to_pixels(images) - self.mean) / self.std)[-self.config.depth:]:
             if grid.shape[-1] != self.side:
-                grid = F.interpolate(grid, (self.side, self.side), mode="bicubic", antialias=True)
+                grid = F.interpolate(  # which CPUs can't do in bfloat16
+                    grid.float(), (self.side, self.side), mode="bicubic", antialias=True)
             outputs.append(F.pad(rearrange(grid, "b k h w -> b (h w) k"), (0, 0, 1, 0)))
         return outputs

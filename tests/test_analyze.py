@@ -381,6 +381,8 @@ def test_blocks_command(call, place, tmp_path):
         source = place / ("deep.pt" if seed else "mae.pt")
         (place / f"m-{seed}.pt").write_bytes(source.read_bytes())
     found = call("blocks m-0.pt m-1.pt --seeds", images="classes")
+    with pytest.raises(BadInput, match="--train-images: a probe needs 3"):
+        call("blocks m-0.pt --train-images 2", images="classes")
     assert found["training_images"] == 60 and found["images"] == 20
     encoder = checkpoint.load_frozen(place / "m-0.pt")
     parts = data.find(str(place / "classes"), Machine(torch.device("cpu")))

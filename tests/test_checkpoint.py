@@ -209,6 +209,13 @@ def test_weights_that_do_not_fit_are_named(path, change, words):
         checkpoint.load_frozen(path, heads=2)
 
 
+def test_only_decoders_that_fit_are_loaded(pretrained):
+    weights = checkpoint.read_model(pretrained)
+    for changes, taps in (({}, [1, 2, 3]), ({"taps": (2, 3)}, [2, 3]), ({"decoder_heads": 1}, []),
+                          ({"decoder_depth": 2}, [])):
+        assert checkpoint.load_whole(DeepMIM(replace(TINY, **changes)), weights) == taps
+
+
 def test_heads_and_decoders_that_no_file_tells_are_asked_for(path, pretrained):
     torch.save(VIT, path)
     with pytest.raises(BadInput, match="model.pt: .* width of 16; say --heads"):

@@ -269,6 +269,10 @@ def test_an_encoder_cut_off_is_its_first_blocks(at_the_start, pretrained, blocks
     assert not model.head.weight.isnan().any()
 
 
+def test_random_weights_are_cut_off_too(at_the_start):
+    assert len(at_the_start("--scratch", *SIZES, "--keep-blocks", 2).encoder.blocks) == 2
+
+
 def test_an_encoder_cut_off_is_measured_as_it_is_saved(call, pretrained, tmp_path, refused):
     call("finetune", "--init", pretrained, "--keep-blocks", 2, "--out", tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -194,6 +194,9 @@ def test_what_is_no_image_is_refused_and_a_large_photo_is_not(tmp_path, monkeypa
     make(tmp_path / "0.png")
     with pytest.raises(BadInput, match="0.png: not an image.*--skip-damaged"):
         folder.read_image(tmp_path / "0.png", 3)
+    for exif in (b"Exif\0\0II*\0", b"Exif\0\0nonsense"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "odd.png", exif=exif)
+        assert folder.read_image(tmp_path / "odd.png", 3).size == (4, 4)
     write_noise(tmp_path / "photo.png", 40)
     with pytest.warns(Image.DecompressionBombWarning):
         assert folder.read_image(tmp_path / "photo.png", 3).size == (40, 40)

@@ -1,5 +1,6 @@
 """Presets, how a script ends, and the bad input that train.py and finetune.py refuse."""
 
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -80,6 +81,20 @@ def test_a_script_ends_with_a_status_and_one_line(capsys, monkeypatch, error, st
     assert ended(capsys, main) == (status, "", "")
 
 
+def test_a_failed_process_waits_for_no_other(monkeypatch):
+    """NCCL's destroy_process_group would wait for processes that wait for this one."""
+    left, closed = Mock(side_effect=SystemExit), Mock()
+    monkeypatch.setattr(options.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(options.dist, "destroy_process_group", closed)
+    monkeypatch.setattr(options.os, "_exit", left)
+    with pytest.raises(SystemExit):
+        options.run(Mock(side_effect=RunFailed("a full disk")))
+    assert left.call_args.args == (1,) and not closed.called
+    with pytest.raises(SystemExit):
+        options.run(lambda: None)
+    assert closed.called
+
+
 # Bad input: "arguments → words of the message", without words the option's name.
 BOTH = [
     "--epochs 0 → --epochs: 0 must be", "--epochs -1", "--epochs 1.5", "--lr 0", "--lr -1",
@@ -133,6 +148,8 @@ FINETUNE = [
     "--trainable-blocks 4", "--trainable-blocks -1", "--reinit-blocks 4", "--reinit-blocks -1",
     "--trainable-blocks 1 --linear-probe → not allowed with", "--knn-k 0", "--erasing often",
     "--knn --knn-k 99 → --knn-k: there are only",
+    "--init MODEL --eval --hold-out 0.1 → --hold-out, --keep-blocks: --eval and",
+    "--scratch --keep-blocks 4 → --keep-blocks: the encoder has 3 blocks",
     "--init MODEL --eval → MODEL has no classifier", "--eval → --init: --eval and --predict",
     "--init TUNED --eval → TUNED: encoder.cls_token holds NaN", "--init FILE --eval → not a check",
     "--hold-out 1", "--pool max", "--erasing 1", "--randaugment 31", "--mixup -1",

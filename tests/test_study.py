@@ -50,6 +50,8 @@ def runs(tmp_path):
         analysed(tmp_path / f"compare-{seed}", "blocks", models, "models", probes)
         cka = [{"with_last": [0.5 + seed / 10, 1.0]}, {"with_last": [None, 1.0]}]
         analysed(tmp_path / f"compare-{seed}", "cka", models, "models", cka)
+    save(tmp_path / "tuned-0", {"val_accuracy": 0.5}, [{"train_loss": 1}])  # of no study
+    save(tmp_path / "mae-0/linear-probe", {"val_accuracy": 0.5, "val_seconds": 2})
     models = [f"{arm}-0/model.pt" for arm in ("mae-hog", "deepmim-hog")]
     probes = [{"accuracy": [0.3, x], "nearest_neighbours": [0.1, x]} for x in (0.5, 0.6)]
     analysed(tmp_path / "targets", "blocks", models, "models", probes)
@@ -193,7 +195,7 @@ def test_an_arm_of_the_recipe_sees_what_its_cost_allows(images, tmp_path, monkey
     monkeypatch.setattr(recipe.data, "SOURCES", dict(recipe.data.SOURCES))
     recipe.main([str(images), "arm"])
     found = json.loads((tmp_path / "found/arm.json").read_text())
-    assert found["images"] == 39 and recipe.optimizer.BESIDE_MUON == 0.5  # 3 epochs of 13
+    assert found["images"] == 42 and recipe.optimizer.BESIDE_MUON == 0.5  # 6 epochs of 7
     assert 0 <= found["block_1"] <= 100 and found["loss"] > 0
     result = json.loads((tmp_path / "runs/recipe/arm/result.json").read_text())
-    assert result["options"]["lr"] == 1e-3 and result["epoch"] == 3
+    assert result["options"]["lr"] == 1e-3 and result["epoch"] == 6

@@ -211,6 +211,8 @@ def test_models_of_timm_teach(monkeypatch, name):
     targets = FeatureTargets(TINY, encoder)
     found = targets(IMAGES, IDS_KEEP, IDS_HIDE)[0]
     assert found.shape == (3, 12, encoder.config.dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert targets(IMAGES, IDS_KEEP, IDS_HIDE)[0].isfinite().all()
     images = torch.nn.functional.interpolate(IMAGES, (224, 224), mode="bicubic", antialias=True)
     pixels = (data.to_pixels(images) - encoder.mean) / encoder.std
     grid = encoder.model.forward_intermediates(pixels, indices=1, intermediates_only=True)[-1]

@@ -1,6 +1,7 @@
 """train.py: what a run writes, targets, --init, and a step's closed form."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -102,6 +103,19 @@ def test_models_of_some_epochs_are_kept_in_half_precision(call, tmp_path):
     assert all(torch.equal(half["model"][name], value.half()) for name, value in last.items())
     found = checkpoint.load_frozen(tmp_path / "epoch-4.pt").state_dict()
     torch.testing.assert_close(found["norm.weight"], last["encoder.norm.weight"], rtol=1e-3, atol=0)
+    call("train", "--no-resume", "--out", tmp_path)
+    assert not list(tmp_path.glob("epoch-*"))
+
+
+def test_the_seconds_of_an_epoch_wait_for_the_device(call, tmp_path, monkeypatch):
+    def slow(tensor, tolist=torch.Tensor.tolist):
+        time.sleep(0.2)
+        return tolist(tensor)
+
+    monkeypatch.setattr(train, "train_epoch", lambda *_: (torch.ones(3), 0.1))
+    monkeypatch.setattr(torch.Tensor, "tolist", slow)
+    call("train", "--epochs", 1, "--out", tmp_path)
+    assert log(tmp_path)[0]["seconds"] >= 0.2
 
 
 def test_a_run_that_is_stopped_while_a_model_is_kept_keeps_it_when_it_goes_on(call, tmp_path):
