@@ -186,8 +186,9 @@ def draw(found, out):
         means, bands = {}, {}
         for arm, of_x in found.get(measure, {}).items():
             xs, values = curve(of_x)
-            if len(xs) > 1 and (arm.split(",")[0] in ARMS):  # the ablation has its table
-                name = ARMS.get(arm, arm)
+            base, comma, rest = arm.partition(",")
+            if len(xs) > 1 and base in ARMS:  # the ablation has its table
+                name = ARMS[base] + comma + rest
                 means[name] = xs, list(map(statistics.fmean, values))
                 bands[name] = list(map(min, values)), list(map(max, values))
         if means:
