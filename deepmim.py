@@ -167,7 +167,7 @@ class Config:
                 raise ValueError(f"{field}: {value} must be divisible by {by}, {divisor}")
             if field != "image_size" and value % 4:
                 raise ValueError(f"{field}: {value} must be divisible by 4, for positions in 2-D")
-        rising = sorted(set(map(int, self.taps)))
+        rising = sorted(set(map(int, self.taps)))  # 1.5 is no block
         if not rising or list(self.taps) != rising or rising[0] < 1 or rising[-1] != self.depth:
             raise ValueError(f"taps: {self.taps} must rise, from 1 or more to {self.depth} exactly")
         if self.norm_pix and self.patch_dim == 1:
