@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from deepmim import attention_map
-from finetune import nearest_neighbours
+from finetune import all_features, nearest_neighbours
 from support import data, figures, options
 from support.checkpoint import load_frozen
 from support.machine import Machine, find_device
@@ -155,8 +155,8 @@ def load_models(args, device):
     """{name: frozen ViT, or DeepMIM to reconstruct} of the command line, for the same images."""
     whole, models = args.command == "reconstruct", {}
     for name, path in zip(short_names(args.models), args.models):
-        norm_pix = args.norm_pix if whole else True
-        models[name] = load_frozen(path, device, whole, getattr(args, "heads", None), norm_pix)
+        norm_pix = getattr(args, "norm_pix", True)
+        models[name] = load_frozen(path, device, whole, args.heads, norm_pix)
         print(f"{name}: {models[name].source}")
         first, config = next(iter(models.values())).config, models[name].config
         same = (config.image_size, config.channels) == (first.image_size, first.channels)
@@ -231,18 +231,6 @@ def heads(args, encoders, batches):
     return figure, {"attention maps": similarity}
 
 
-@torch.no_grad()
-def labelled_features(encoder, images, tokens):
-    """Each block's features of all images, and their labels: depth × (n, p), (n,)."""
-    rows = [(block_features(encoder, batch, tokens), labels)
-            for batch, labels in images.batches(torch.arange(len(images)).split(BATCH))]
-    features = [torch.cat(block) for block in zip(*(x for x, _ in rows))]
-    labels = torch.cat([labels for _, labels in rows])
-    if labels.device.type == "mps":  # which has no float64
-        features, labels = [x.cpu() for x in features], labels.cpu()
-    return features, labels
-
-
 def blocks(args, encoders, batches):
     """Accuracy of a linear probe of every block, fitted on training images, on held-out ones.
     The JSON has that of 20 nearest neighbours too, and differences from the first model. With
@@ -257,8 +245,13 @@ def blocks(args, encoders, batches):
     require(len(sets[0]) > 2, f"--train-images: a probe needs 3 or more, not {len(sets[0])}")
     numbers, right = {}, {}
     for name, encoder in encoders.items():
-        xs, labels = labelled_features(encoder, sets[0], args.tokens)
-        queries, wanted = labelled_features(encoder, sets[1], args.tokens)
+        def features(images, encoder=encoder):
+            return torch.stack(block_features(encoder, images, args.tokens), dim=1)
+        found = [x for part in sets for x in all_features(features, part)]
+        if machine.device.type == "mps":  # which has no float64
+            found = [x.cpu() for x in found]
+        xs, labels, queries, wanted = found                      # xs and queries (n, depth, p)
+        xs, queries = xs.unbind(dim=1), queries.unbind(dim=1)    # depth × (n, p)
         found = [best_probe(x, labels, asked) for x, asked in zip(xs, queries)]
         right[name] = [classes == wanted for classes, _ in found]
         accuracies = [x.double().mean().item() for x in right[name]]
@@ -340,8 +333,6 @@ def curves(args, models, batches):
             histories[name] = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise BadInput(f"{run / 'log.jsonl'}: no log of a run ({error})") from None
-        holds = histories[name] and {"losses", "val_loss"} & histories[name][0].keys()
-        require(holds, f"{run / 'log.jsonl'}: no epoch of train.py or finetune.py is in it")
     return figures.training_curves(histories), {"runs": histories}
 
 
@@ -392,15 +383,13 @@ def parse(argv):
 def main(argv=None):
     """Compute what the command asks for, and write it as a picture and as numbers."""
     args = parse(argv)
-    models, batches = {}, []
-    if args.command == "blocks":
-        models = load_models(args, find_device(args.device))
-    elif args.command != "curves":
-        machine = Machine(find_device(args.device))
-        models = load_models(args, machine.device)
+    machine = Machine(find_device(getattr(args, "device", None)))  # curves has no such option
+    models = {} if args.command == "curves" else load_models(args, machine.device)
+    batches = []
+    if args.command not in ("blocks", "curves"):
         batches = held_out_batches(args, next(iter(models.values())).config, machine)
     figure, numbers = args.function(args, models, batches)
-    if "tokens" in args and "NaN" in json.dumps(numbers):
+    if args.command in ("cka", "cross-cka") and "NaN" in json.dumps(numbers):
         print("CKA is undefined, and left out, where a block gives all images the same features")
     make_directory(args.out)
     table, picture = args.out / f"{args.command}.json", args.out / f"{args.command}.png"

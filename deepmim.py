@@ -122,7 +122,8 @@ class Block(nn.Module):
 
 
 def in_stream_precision(tokens):
-    """Tokens in float32, as in MAE's code; in mixed precision on a CPU in bfloat16: fewer casts."""
+    """Tokens in the precision of the residual stream, to which each block adds: float32, as in
+    MAE's code. In mixed precision on a CPU it is bfloat16, which saves casts."""
     mixed_on_cpu = tokens.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return tokens.to(torch.get_autocast_dtype("cpu")) if mixed_on_cpu else tokens
 
@@ -170,8 +171,6 @@ class Config:
         rising = sorted(set(map(int, self.taps)))  # 1.5 is no block
         if not rising or list(self.taps) != rising or rising[0] < 1 or rising[-1] != self.depth:
             raise ValueError(f"taps: {self.taps} must rise, from 1 or more to {self.depth} exactly")
-        if self.norm_pix and self.patch_dim == 1:
-            raise ValueError("norm_pix: must be False where a patch is a single number")
         if not 0 < int(self.patches * (1 - self.mask_ratio)) < self.patches:
             raise ValueError(f"mask_ratio: {self.mask_ratio} must hide some patches, but not all")
 
@@ -208,7 +207,8 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """The encoder, a Vision Transformer (Dosovitskiy et al. 2020) without a classifier.
     Its weights have the names and shapes of timm's `VisionTransformer` and of MAE's encoder. So
-    they move between the three as they are. Positions are sines and cosines, not trained."""
+    they move between the three as they are. Positions start as sines and cosines. Pre-training
+    leaves them so, fine-tuning trains them."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -285,7 +285,8 @@ class Decoder(nn.Module):
 # a list with a (B, N − V, K) for each tap. target_dim is K, None where they are pixels.
 
 def patch_statistics(patches):
-    """Mean and deviation of each patch, two (B, N, 1), with MAE's 1e-6 against flat patches."""
+    """Mean and deviation of each patch, two (B, N, 1). As in MAE's code the variance is the
+    unbiased one, and 1e-6 helps flat patches."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
@@ -318,8 +319,8 @@ class HybridTargets:
     """t_i = α_i x + (1 − α_i) x̂ for intermediate taps, x for the last (paper, hybrid targets).
     x̂ is what the teacher, a trained MAE, predicts from the same patches. A small α asks for this
     blurred x̂, which is easier, α = 1 for the image itself. alphas: one in 0 … 1 for each tap but
-    the last, by default evenly spaced from 0: (0, 1/3, 2/3). Raises ValueError for others, and for
-    a teacher that cuts images in another way or predicts in another space."""
+    the last, by default evenly spaced from 0: (0, 1/3, 2/3). The teacher has to cut images in the
+    same way and predict in the same space."""
     target_dim = None
 
     def __init__(self, config, teacher, alphas=None):
@@ -426,7 +427,7 @@ class DeepMIM(nn.Module):
         outputs = self.encoder.forward_intermediates(images, ids_keep)  # depth × (B, 1 + V, D)
         tapped = [outputs[tap - 1] for tap in config.taps[:-1]] + [self.encoder.norm(outputs[-1])]
         predictions = [decode(x, ids_keep, ids_hide) for decode, x in zip(self.decoders, tapped)]
-        wanted = (targets or PixelTargets(config))(images, ids_keep, ids_hide)
-        pairs = zip(predictions, wanted, strict=True)
+        asked = (targets or PixelTargets(config))(images, ids_keep, ids_hide)  # as predictions
+        pairs = zip(predictions, asked, strict=True)
         losses = torch.stack([reconstruction_loss(p, t) for p, t in pairs])  # (taps,)
         return Output(losses.sum(), losses, predictions, ids_keep, ids_hide)

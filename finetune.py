@@ -162,31 +162,29 @@ def start_from(args):
     """(Config, checkpoint.Weights or None for --scratch) to start from; raises BadInput."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
     if args.scratch:
-        depth = Config.depth if args.depth is None else args.depth
-        require((args.keep_blocks or 0) <= depth, f"--keep-blocks: the encoder has {depth} blocks")
-        sizes = {**SIZES[args.size], **given, "depth": args.keep_blocks or depth}
-        config, weights = options.naming_option(Config, **sizes, taps=(sizes["depth"],)), None
+        weights, sizes = None, {**SIZES[args.size], **given}
+        config = options.naming_option(Config, **sizes, taps=(sizes.get("depth", Config.depth),))
     else:
         weights = checkpoint.read_model(args.init, args.heads)
         config = weights.config
         for name, value in given.items():
             holds = name == "image_size" or value == getattr(config, name)
             require(holds, f"{options.option(name)}: {args.init} has {getattr(config, name)}")
-        depth = args.keep_blocks or config.depth
-        require(depth <= config.depth, f"--keep-blocks: the encoder has {config.depth} blocks")
-        sizes = dict(image_size=args.image_size or config.image_size, depth=depth, taps=(depth,))
-        config = options.naming_option(replace, config, **sizes)
-    for name in ("trainable_blocks", "reinit_blocks"):
-        holds = (getattr(args, name) or 0) <= config.depth
-        require(holds, f"{options.option(name)}: the encoder has {config.depth} blocks")
-    return config, weights
+        size = args.image_size or config.image_size
+        config = options.naming_option(replace, config, image_size=size)
+    kept = args.keep_blocks or config.depth
+    limits = {"keep_blocks": config.depth, "trainable_blocks": kept, "reinit_blocks": kept}
+    for name, depth in limits.items():
+        holds = (getattr(args, name) or 0) <= depth
+        require(holds, f"{options.option(name)}: the encoder has {depth} blocks")
+    return replace(config, depth=kept, taps=(kept,)), weights
 
 
 def make_classifier(args, config, weights, classes, machine):
     """The Classifier to train, with weights copied and layers frozen as the options say."""
     model = Classifier(config, classes, args.pool, args.linear_probe)
     if weights:
-        at_random = copy.deepcopy(model.encoder.blocks)
+        at_random = copy.deepcopy(model.encoder.blocks)  # kept, because loading overwrites them
         checkpoint.load_encoder(model.encoder, weights)
         for i in range(config.depth - (args.reinit_blocks or 0), config.depth):
             model.encoder.blocks[i] = at_random[i]
@@ -254,8 +252,7 @@ def evaluate(model, images, machine):
         best = logits.topk(min(5, n)).indices                                   # (B, 5)
         totals[0] += F.cross_entropy(logits, labels, reduction="sum")
         totals[1] += (best == labels[:, None]).sum()
-        ones = torch.ones(len(labels), device=machine.device)
-        taken_for.index_put_((labels, best[:, 0]), ones, accumulate=True)
+        taken_for += torch.bincount(n * labels + best[:, 0], minlength=n * n).view(n, n)
     loss, among = (machine.all_reduce_mean(totals) * machine.world / len(images)).tolist()
     taken_for = (machine.all_reduce_mean(taken_for) * machine.world).round()
     record = {"val_loss": loss, "val_accuracy": taken_for.trace().item() / len(images)}
@@ -263,12 +260,10 @@ def evaluate(model, images, machine):
 
 
 @torch.no_grad()
-def all_features(model, images, machine):
-    """Features (n, D) and labels (n,) of all images."""
-    rows = []
-    for batch, labels in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH)):
-        with machine.autocast():
-            rows.append((model.eval().features(batch).float(), labels))
+def all_features(features, images):
+    """What a function gives for all images, batch by batch, (n, …), and their labels (n,)."""
+    rows = [(features(batch).float(), labels)
+            for batch, labels in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH))]
     return [torch.cat(parts) for parts in zip(*rows)]
 
 
@@ -290,8 +285,6 @@ def nearest_neighbours(features, labels, queries, classes, k):
 def load_classifier(args, machine):
     """(the fine-tuned Classifier of --init, its classes, --value-range or else that of training)
     for --eval and --predict."""
-    given = [options.option(name) for name in MODEL_OPTIONS if getattr(args, name) is not None]
-    require(not given, f"--init: {args.init} is taken as it is; leave {', '.join(given)} out")
     content = checkpoint.read(args.init)
     holds = isinstance(content, dict) and "classes" in content
     require(holds, f"--init: {args.init} has no classifier; finetune.py writes one")
@@ -374,8 +367,10 @@ def main(argv=None):
     if args.knn:
         require(args.knn_k <= len(images), f"--knn-k: there are only {len(images)} training images")
         run.open()
-        features, labels = all_features(model, images, machine)
-        queries, wanted = all_features(model, held_out, machine)
+        model.eval()
+        with machine.autocast():
+            features, labels = all_features(model.features, images)
+            queries, wanted = all_features(model.features, held_out)
         found = nearest_neighbours(features, labels, queries, len(classes), args.knn_k)
         accuracy = (found == wanted).float().mean().item()
         machine.print(f"{args.knn_k} nearest neighbours: accuracy {accuracy:.2%}")

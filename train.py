@@ -79,16 +79,17 @@ def settle_target(args):
 
 def make_targets(config, args, machine):
     """What the decoders are asked for. args has target, teacher, teacher_blocks and alphas."""
-    given = []
+    more = []  # what the class takes after config
     if args.target == "hybrid":
-        mae = checkpoint.load_frozen(args.teacher, machine.device, True, norm_pix=config.norm_pix)
-        given = [mae, args.alphas]
+        mae = checkpoint.load_frozen(args.teacher, machine.device, decoders=True,
+                                     norm_pix=config.norm_pix)
+        more = [mae, args.alphas]
     elif args.target == "features":
         encoder = teacher.load_encoder(args.teacher, config, machine.device)
-        given = [encoder, args.teacher_blocks]
-    if given:
-        machine.print(f"teacher: {given[0].source}")
-    return options.naming_option(TARGETS[args.target], config, *given)
+        more = [encoder, args.teacher_blocks]
+    if more:
+        machine.print(f"teacher: {more[0].source}")
+    return options.naming_option(TARGETS[args.target], config, *more)
 
 
 def train_epoch(model, targets, images, optimizers, scaler, schedule, epoch, config, machine,
@@ -131,7 +132,7 @@ def draw_reconstructions(model, targets, held_out, config, machine, path, title)
     images, _ = next(held_out.batches([torch.arange(count) * (len(held_out) // count)]))
     noise = torch.rand(count, config.patches, generator=randomness("pictures")).to(machine.device)
     with machine.autocast():
-        output = model.forward(images, noise, targets)  # not compiled once more for a few images
+        output = model.forward(images, noise, targets)  # goes around model.compile()
     columns = figures.reconstructions(config, images, output, targets)
     figures.save(figures.picture_grid(columns, title), path)
 
@@ -162,7 +163,7 @@ def main(argv=None):
     optimizers = make_optimizers(
         model, args.optimizer, args.weight_decay, args.beta2, machine.dtype)
     scaler = machine.grad_scaler()
-    network = distribute(model, machine, args.compile, replay=args.accumulate == 1)  # maybe DDP
+    network = distribute(model, machine, args.compile, replay=args.accumulate == 1)
     run = Run(args.out, what_counts(args, images), machine, args.resume)
     for epoch in run.epochs(args.epochs, model, optimizers, scaler):
         begin = time.perf_counter()

@@ -5,8 +5,7 @@
 
 Both get the same images and do the same to them: at 32 px shift by up to 4 px (reflected border)
 and flip, at 224 px RandomResizedCrop(scale=(0.2, 1), bicubic) and flip; then normalize.
-torchvision's transforms are timed on Pillow images and on tensors. Workers start anew in each
-round.
+torchvision's transforms are timed on Pillow images and on tensors.
 """
 
 import functools
@@ -70,7 +69,7 @@ def ours(images, device):
 def theirs(dataset, workers, device):
     """The same with a set of torchvision's."""
     loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers,
-                        pin_memory=device.type == "cuda")
+                        persistent_workers=workers > 0, pin_memory=device.type == "cuda")
     return functools.partial(epoch, lambda: loader, device)
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.finetune                  # 96 wide, batch 128
     python -m benchmarks.finetune --sizes nano tiny --out benchmarks/results
 
-Both train the last K blocks and all above them, in finetune.py's loop, with its optimizer, loss and
-recipe, on the same images. Only the model differs; timm's has the same weights by name and shape,
-and the faster of the two kinds of attention that it offers.
+Both train the last K blocks and all above them, in finetune.py's loop, with AdamW and the same loss
+and images. Only the model differs; timm's has the same weights by name and shape, and the faster of
+the two kinds of attention that it offers.
 """
 
 import functools
@@ -67,7 +67,7 @@ def training(model, config, images, args, machine):
 def compare(size, batch_size, rounds, machine):
     """Measure one size: a table."""
     config = Config(**SIZES[size])
-    args = finetune.parse(["--scratch", "--batch-size", str(batch_size)])
+    args = finetune.parse(["--scratch", "--optimizer", "adamw", "--batch-size", str(batch_size)])
     pixels, labels = make_shapes(STEPS * batch_size, "benchmark", side=config.image_size)
     images = data.InMemory(pixels, labels, list(FIGURES), config.image_size, machine.device, 4)
     makers = {"ours": ours}

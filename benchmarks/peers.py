@@ -1,14 +1,15 @@
 """MAE as other packages compute it: modules of images (B, 3, H, H) and noise (B, N) → the loss, ().
 
 All get the sizes of a Config: width, depth, heads, decoder, patch and mask ratio. Targets are
-normalised patches, and attention is the faster of what a package offers. The noise decides the mask
-as in random_masking; without it a package draws its own. features(images) are mean patch tokens
-(B, D).
+normalised patches. The noise decides the mask as in random_masking; without it a package draws its
+own. features(images) are mean patch tokens (B, D). fused asks for PyTorch's fused attention, which
+is what transformers and timm take by themselves, or else for their formula written out.
 """
 
 import importlib.util
 from unittest import mock
 
+import torch
 from torch import nn
 
 from deepmim import PixelTargets, random_masking, reconstruction_loss
@@ -16,7 +17,7 @@ from deepmim import PixelTargets, random_masking, reconstruction_loss
 
 class HuggingFace(nn.Module):
     """transformers' ViTMAEForPreTraining."""
-    def __init__(self, config):
+    def __init__(self, config, fused=True):
         super().__init__()
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
         self.mask_ratio = config.mask_ratio
@@ -27,7 +28,7 @@ class HuggingFace(nn.Module):
             decoder_num_hidden_layers=config.decoder_depth,
             decoder_num_attention_heads=config.decoder_heads,
             decoder_intermediate_size=4 * config.decoder_dim, mask_ratio=config.mask_ratio,
-            norm_pix_loss=config.norm_pix))
+            norm_pix_loss=config.norm_pix, attn_implementation="sdpa" if fused else "eager"))
 
     def forward(self, images, noise=None):
         """As it comes."""
@@ -44,8 +45,8 @@ class HuggingFace(nn.Module):
 class VitPytorch(nn.Module):
     """vit_pytorch's MAE around its ViT; with mean pooling, and so without a class token.
     Without noise it is as it comes, with plain patches as targets. With noise its mask is known,
-    and its prediction is compared with normalised patches."""
-    def __init__(self, config):
+    and its prediction is compared with normalised patches. It has only the formula."""
+    def __init__(self, config, fused=True):
         super().__init__()
         from vit_pytorch import MAE, ViT
         self.config, self.targets, self.prediction = config, PixelTargets(config), None
@@ -81,10 +82,12 @@ class VitPytorch(nn.Module):
 
 class Lightly(nn.Module):
     """lightly's MAE on a timm ViT, put together as its own example does."""
-    def __init__(self, config):
+    def __init__(self, config, fused=True):
         super().__init__()
         from lightly.models import modules, utils
+        from timm.layers import set_fused_attn
         from timm.models.vision_transformer import VisionTransformer
+        set_fused_attn(fused)
         vit = VisionTransformer(img_size=config.image_size, patch_size=config.patch_size,
                                 embed_dim=config.dim, depth=config.depth, num_heads=config.heads,
                                 num_classes=0)
@@ -121,6 +124,12 @@ class Lightly(nn.Module):
 
 
 PEERS = {"transformers": HuggingFace, "vit-pytorch": VitPytorch, "lightly": Lightly}
+
+
+def make(name, config, machine):
+    """A peer, with the faster attention: the formula, where deepmim.attend takes it too."""
+    formula = machine.device.type == "cpu" and machine.dtype == torch.bfloat16
+    return PEERS[name](config, fused=not formula)
 
 
 def available():

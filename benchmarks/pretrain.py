@@ -57,7 +57,7 @@ class Trainee:
         if self.ours:
             model = source.DeepMIM(source.Config(**sizes))
         else:
-            model = peers.PEERS[name.removesuffix(IN_FLOAT32)](self.config)
+            model = peers.make(name.removesuffix(IN_FLOAT32), self.config, self.machine)
         self.model = distribute(model.to(machine.device).train(), machine, compile, replay=True)
         self.optimizers = make_optimizers(model, optimizer, 0.05, 0.95, machine.dtype)
 
@@ -98,7 +98,10 @@ def products(config, batch_size):
     blocks(config.depth, 1 + visible, encoder)
     for _ in config.taps:
         count[batch_size * (1 + visible), encoder, decoder] += 1
-        blocks(config.decoder_depth, 1 + config.patches, decoder)
+        blocks(config.decoder_depth - 1, 1 + config.patches, decoder)
+        count[batch_size * (1 + config.patches), decoder, 3 * decoder] += 1  # the last: hidden ones
+        for wide, out in ((decoder, decoder), (decoder, 4 * decoder), (4 * decoder, decoder)):
+            count[batch_size * (config.patches - visible), wide, out] += 1
         count[batch_size * (config.patches - visible), decoder, config.patch_dim] += 1
     return count
 

@@ -90,13 +90,16 @@ class Contestant:
         holds = recipe.batch_size <= len(images)
         options.require(holds, f"--data: {len(images)} images are less than a batch")
         torch.manual_seed(0)
-        make = peers.PEERS.get(recipe.package, Ours)
         config = dataclasses.replace(config, decoder_depth=recipe.decoder_depth)
-        self.model = make(config).to(machine.device).train()
+        ours = recipe.package == "ours"
+        model = Ours(config) if ours else peers.make(recipe.package, config, machine)
+        self.model = model.to(machine.device).train()
         self.recipe, self.config, self.images, self.machine = recipe, config, images, machine
         self.optimizers = make_optimizers(
             self.model, recipe.optimizer, recipe.weight_decay, recipe.beta2, machine.dtype)
-        self.schedule = make_schedule(recipe.lr, 1000, 1000 * (recipe.warmup or 0), 1)
+        self.schedule = lambda step: recipe.lr
+        if recipe.warmup is not None:
+            self.schedule = make_schedule(recipe.lr, 1000, 1000 * recipe.warmup, 1)
         self.budget, self.seconds, self.seen = 60 * minutes * recipe.share, 0.0, 0
         self.curve, self.accuracy = [], None
         self.steps = self.endless_steps()
@@ -112,10 +115,7 @@ class Contestant:
 
     def step(self):
         """One step of the optimizers."""
-        if self.recipe.warmup is not None:
-            set_lr(self.optimizers, self.schedule(1000 * self.seconds / self.budget))
-        else:
-            set_lr(self.optimizers, self.recipe.lr)
+        set_lr(self.optimizers, self.schedule(1000 * self.seconds / self.budget))
         parts = next(self.steps)
         for images, _ in parts:
             noise = torch.rand(len(images), self.config.patches).to(images.device)
@@ -162,31 +162,21 @@ def linear_accuracy(model, images, held_out, machine):
     return (ridge_probe(x, labels, queries, RIDGE) == wanted).float().mean().item()
 
 
-def first_as_good(contestants, reached):
-    """Minutes of the least time in which our preset got there, by {name: minutes or None}."""
-    minutes = [reached(contestant) for contestant in contestants.values()
-               if contestant.recipe.source == PRESET]
-    return min((value for value in minutes if value is not None), default=None)
-
-
 def rows_of(contestants, minutes):
-    """The table of results."""
+    """The table of results, with the least time in which our preset was as good as each."""
+    ours = [one for one in contestants.values() if one.recipe.source == PRESET]
     rows = []
     for name, one in contestants.items():
-        loss, accuracy = one.curve[-1]["loss"], one.accuracy
-
-        def to_loss(ours, loss=loss):
-            return next((p["seconds"] / 60 for p in ours.curve if p["loss"] <= loss), None)
-
-        def to_accuracy(ours, accuracy=accuracy):
-            return ours.budget / 60 if ours.accuracy >= accuracy else None
-
-        by_loss, by_accuracy = (first_as_good(contestants, f) for f in (to_loss, to_accuracy))
+        loss = one.curve[-1]["loss"]
+        by_loss = min((point["seconds"] / 60 for own in ours for point in own.curve
+                       if point["loss"] <= loss), default=None)
+        by_accuracy = min((own.budget / 60 for own in ours if own.accuracy >= one.accuracy),
+                          default=None)
         rows.append({
             "contestant": name, "optimizer": one.recipe.optimizer, "batch": one.recipe.batch_size,
             "rate": f"{one.recipe.lr:.2g}", "minutes": round(one.seconds / 60, 2),
             "images_seen": one.seen, "held_out_loss": round(loss, 4),
-            "linear_accuracy": round(accuracy, 4),
+            "linear_accuracy": round(one.accuracy, 4),
             "ours_reached_its_loss_in": by_loss and f"{by_loss / minutes:.2f} of N",
             "and_its_accuracy_in": by_accuracy and f"{by_accuracy / minutes:.2f} of N"})
     return rows
@@ -198,7 +188,7 @@ def main(argv=None):
     parser.add_argument("--data", default="cifar10", help="as train.py's, with classes")
     parser.add_argument("--minutes", type=float, default=10, help="N, of each contestant")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="the fastest if not given")
-    parser.add_argument("--only", nargs="+", help="names of contestants; default: all")
+    parser.add_argument("--only", nargs="+", choices=recipes(), help="default: all")
     args = parser.parse(argv)
     machine = start(args.device)
     preset = train.parse(["--preset", "cifar10-nano", "--method", "mae"])

@@ -11,6 +11,7 @@ held-out images is measured, and how many of them a linear classifier of frozen 
 gets right, which is fitted on half of the other images. Figures go into study/recipe/ARM.json.
 """
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -29,6 +30,8 @@ from support.run import make_directory, write_json
 
 HERE = Path(__file__).parent / "recipe"
 BLOCKS = (6, 8, 12)
+MODEL = ("mask_ratio", "norm_pix", "decoder_dim", "decoder_depth", "decoder_heads")
+COSTLY = ("optimizer", "batch_size", *MODEL)  # what a step's time depends on
 NANO = "--preset cifar10-nano --method mae --optimizer muon --lr 12e-3 --shift 0 --batch-size 64 " \
        "--decoder-depth 4 --mask-ratio 0.75 --norm-pix --weight-decay 0.05"
 BASES = {  # the first arms: options, and images
@@ -66,15 +69,8 @@ ARMS = {  # options over those of the first arm, and a constant of support/optim
     "shapes-24e-3": "--lr 24e-3",
     "shapes-batch-16": "--batch-size 16 --lr 6e-3",
     "shapes-batch-32": "--batch-size 32 --lr 8.5e-3",
-    "shapes-batch-128": "--batch-size 128 --lr 17e-3",
     "shapes-no-shift": "--shift 0",
-    "shapes-norm-pix": "--norm-pix",
-    "shapes-mask-0.5": "--mask-ratio 0.5",
-    "shapes-mask-0.75": "--mask-ratio 0.75",
     "shapes-decoder-2": "--decoder-depth 2",
-    "shapes-decoder-4": "--decoder-depth 4",
-    "shapes-decay-0.2": "--weight-decay 0.2",
-    "shapes-adamw-2e-3": "--optimizer adamw --lr 2e-3",
     "tiny": "",
     "tiny-6e-3": "--lr 6e-3",
     "tiny-24e-3": "--lr 24e-3",
@@ -100,10 +96,9 @@ def split_arm(arm):
             dict(word.split("=") for word in words if "=" in word))
 
 
-def held_out_source(name):
+def held_out_source(name, machine):
     """Put a source into data.SOURCES: nine tenths of --data's training images, and the others.
     Of shapes, pictures that nothing else uses."""
-    machine = start("cpu")
     if name == "shapes":
         parts = [data.Part(*shapes.make_shapes(n, f"recipe {n}"), list(shapes.FIGURES))
                  for n in (10_000, 5_000)]
@@ -116,17 +111,19 @@ def held_out_source(name):
 
 
 def cost(arm, machine):
-    """What an image of an arm costs beside one of the first arm, in turns of some steps."""
-    ways, count = {}, {}
-    for name in (base_of(arm), arm):
-        args = train.parse(split_arm(name)[0])
+    """What an image of an arm costs beside one of the first arm, in turns of some steps. It is 1
+    where the two differ only in what costs nothing, such as a rate: turns would measure noise."""
+    both = {name: train.parse(split_arm(name)[0]) for name in (base_of(arm), arm)}
+    first, *other = [[getattr(args, key) for key in COSTLY] for args in both.values()]
+    if other in ([], [first]):
+        return 1.0
+    ways = {}
+    for name, args in both.items():
         size = "tiny" if base_of(arm) == "tiny" else "nano"
-        trainee = pretrain.Trainee("ours, MAE", size, machine, optimizer=args.optimizer, **{
-            key: getattr(args, key)
-            for key in ("mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads")})
+        changes = {key: getattr(args, key) for key in MODEL}
+        trainee = pretrain.Trainee("ours, MAE", size, machine, optimizer=args.optimizer, **changes)
         images = torch.randn(args.batch_size, 3, 32, 32)
-        count[name] = 512 // args.batch_size
-        ways[name] = lambda trainee=trainee, n=count[name], x=images: trainee.steps([x] * n)
+        ways[name] = functools.partial(trainee.steps, [images] * (512 // args.batch_size))
     seconds = common.take_turns(ways, 5, machine.device)
     return common.ratio(seconds[arm], seconds[base_of(arm)])
 
@@ -192,12 +189,14 @@ def main(argv=None):
         rows = [{"arm": arm, **json.loads((HERE / f"{arm}.json").read_text())}
                 for arm in ARMS if (HERE / f"{arm}.json").exists()]
         for base, (words, _) in BASES.items():
-            common.table(words, [row for row in rows if base_of(row["arm"]) == base])
+            of_base = [row for row in rows if base_of(row["arm"]) == base]
+            if of_base:
+                common.table(words, of_base)
         return
     require(len(args.arms) < 2 or not any("=" in ARMS[arm] for arm in args.arms),
             "arms: one that changes a constant runs alone")
-    held_out_source(args.data)
     machine = start("cpu")
+    held_out_source(args.data, machine)
     for arm in args.arms:
         run(arm, machine)
 

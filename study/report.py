@@ -170,7 +170,7 @@ def table(found):
     columns = [(measure, x) for measure, xs in SUMMARY.items() for x in xs]
     rows = [["pre-training", "seeds", *(f"{measure} {x}" for measure, x in columns)]]
     rows.append(["---"] * len(rows[0]))
-    for arm in found["loss"]:
+    for arm in found.get("loss", {}):
         cells = []
         for measure, x in columns:
             form = {"loss": ".3f", "seconds": ".0f"}.get(measure, ".1f")

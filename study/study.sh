@@ -44,7 +44,7 @@ REPORT=$RUNS/report
 # LONG run and the ablation. SHAPE and DEEP are options of the model, SOME of an analysis.
 SEEDS="0 1 2" EPOCHS=8 LABELS=10000 MANY=50000 LONG=24 EVERY=1 BLOCK=8
 CUT="6 8 10 12" PARTIAL="1 2 4 8 12" REINIT="2 4 6 8"
-TAPS="10,12 8,10,12 3,6,9,12" DEPTHS="2"
+TAPS="10,12 8,10,12 3,6,9,12"
 SHAPE='' DEEP='' SOME="--images 10000"
 TRAIN="--preset cifar10-nano" TUNE="--preset cifar10-nano --epochs 5"
 case $SIZE in
@@ -57,7 +57,7 @@ case $SIZE in
         TRAIN="--decoder-dim 8 --decoder-heads 2 --limit 40 --batch-size 20"
         TUNE="--batch-size 20 --epochs 1"
         SEEDS=0 EPOCHS=2 LABELS=20 MANY=40 LONG=3 BLOCK=2
-        CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" DEPTHS="2" ;;
+        CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" ;;
     *) fail "--size is hour, small, targets, full or smoke, not '$SIZE'" ;;
 esac
 
@@ -176,16 +176,12 @@ ablation=()
 for taps in $TAPS; do
     train taps-${taps//,/-} 0 --taps $taps; ablation+=("taps-${taps//,/-}-0/model.pt")
 done
-for depth in $DEPTHS; do
-    train depth-$depth 0 $DEEP --decoder-depth $depth; ablation+=("depth-$depth-0/model.pt")
-done
+train depth-2 0 $DEEP --decoder-depth 2; ablation+=(depth-2-0/model.pt)
 train mae-adamw 0 --method mae --optimizer adamw --lr 1e-3
 train deepmim-adamw 0 $DEEP --optimizer adamw --lr 1e-3
 MORE='' look ablation-0 blocks "${ablation[@]}" mae-adamw-0/model.pt deepmim-adamw-0/model.pt
 for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
-for arm in mae deepmim; do
-    deep=$DEEP; if [ $arm = mae ]; then deep="--method mae"; fi
-    train $arm-$LONG 0 $deep --epochs $LONG
-done
+train mae-$LONG 0 --method mae --epochs $LONG
+train deepmim-$LONG 0 $DEEP --epochs $LONG
 look long-0 blocks mae-$LONG-0/model.pt deepmim-$LONG-0/model.pt
 report

@@ -52,14 +52,6 @@ def read(path):
         raise BadInput(f"{path}: not a checkpoint of tensors and plain values ({reason})") from None
 
 
-def make_config(path, values):
-    """The Config of a file."""
-    try:
-        return Config(**dict(values))
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{path}: its sizes can't be used ({error})") from None
-
-
 def read_model(path, heads=None, norm_pix=True):
     """The Weights of a file. Foreign ones know neither heads nor norm_pix."""
     content = read(path)
@@ -71,20 +63,22 @@ def read_model(path, heads=None, norm_pix=True):
     require(holds, f"{path}: not a model; a model.pt of ours or a state_dict is needed")
     name = str(path)
     if "config" in content:
-        config = make_config(path, content["config"])
+        sizes = content["config"]
     else:
         state = names.to_ours(state, path)
-        config = sizes_of(state, heads, norm_pix, path)
-        guesses = [] if heads else [f"{config.heads} heads, as is usual at its width"]
-        if "decoders.0.pred.weight" in state:
-            guesses.append(f"{config.decoder_heads} heads in its decoder, as MAE's")
-        name += f" (taken to have {' and '.join(guesses)})" if guesses else ""
+        sizes = sizes_of(state, heads, norm_pix, path)
+        if not heads:
+            name += f" (taken to have {sizes['heads']} heads, as is usual at its width)"
+    try:
+        config = Config(**dict(sizes))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{path}: its sizes can't be used ({error})") from None
     require(heads in (None, config.heads), f"--heads: {path} has {config.heads}, not {heads}")
     return Weights(config, state, name)
 
 
 def sizes_of(state, heads, norm_pix, path):
-    """The Config of an MAE or a ViT of which only the weights are known."""
+    """The sizes of an MAE or a ViT of which only the weights are known; heads are MAE's."""
     encoder = {name.removeprefix("encoder."): value for name, value in state.items()}
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight"):
         require(name in encoder, f"{path}: no ViT of ours, MAE's or timm's: {name} is missing")
@@ -95,15 +89,16 @@ def sizes_of(state, heads, norm_pix, path):
             "are not of a class token and a square of patches")
     dim, channels, patch_size, _ = weight
     heads = heads or HEADS.get(dim)
-    require(heads, f"{path}: its heads can't be known from a width of {dim}; say --heads")
+    require(heads, f"{path}: its heads can't be known from a width of {dim}; say --heads, which "
+            "finetune.py and analyze.py have")
     depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
     decoder = len({name.split(".")[3] for name in state if name.startswith("decoders.0.blocks.")})
     mask_token = state.get("decoders.0.mask_token")
     decoder_dim = 512 if mask_token is None else mask_token.shape[-1]
-    return make_config(path, dict(
+    return dict(
         image_size=side * patch_size, patch_size=patch_size, channels=channels, dim=dim,
         depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix, decoder_depth=decoder or 4,
-        decoder_dim=decoder_dim if decoder_dim % DECODER_HEADS == 0 else 512))
+        decoder_dim=decoder_dim if decoder_dim % DECODER_HEADS == 0 else 512)
 
 
 def load_weights(module, state, path):
@@ -186,7 +181,8 @@ def exported(path, to):
     prefix = f"decoders.{len(config.taps) - 1}."
     decoder = {name.removeprefix(prefix): value for name, value in state.items()
                if name.startswith(prefix)}
-    require(decoder, f"{path}: it has no decoder; timm takes the encoder alone")
+    require(decoder and not config.target_dim, f"{path}: it has no decoder of pixels; timm takes "
+            "the encoder alone")
     for name, value in decoder.items():
         encoder[name if name == "mask_token" else f"decoder_{name}"] = value
     return names.to_hugging_face(encoder) if to == "hf" else {"model": encoder}
@@ -202,7 +198,10 @@ def main(argv=None):
     require(args.out.parent.is_dir(), f"{args.out}: there is no directory to write it to")
     content = exported(args.model, args.to)
     if args.out.suffix == ".safetensors":
-        from safetensors.torch import save_file
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise BadInput(f"{args.out}: pip install safetensors") from None
         save_file(content.get("model", content), args.out)
     else:
         torch.save(content, args.out)

@@ -57,13 +57,13 @@ class Muon(torch.optim.Optimizer):
         alike = {}
         for group in self.param_groups:
             for weight in group["params"]:
-                if weight.grad is not None:
-                    alike.setdefault((group["parts"], *weight.shape), []).append((weight, group))
-        for (parts, rows, columns), members in alike.items():
-            weights, groups = zip(*members)
-            for weight in weights:
+                if weight.grad is None:
+                    continue
+                alike.setdefault((group["parts"], *weight.shape), []).append((weight, group))
                 if weight not in self.state:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
+        for (parts, rows, columns), members in alike.items():
+            weights, groups = zip(*members)
             gradients = [weight.grad for weight in weights]
             averages = [self.state[weight]["momentum"] for weight in weights]
             kept = [1 - group["lr"] * group["weight_decay"] for group in groups]

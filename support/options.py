@@ -128,7 +128,7 @@ def add_training_options(parser):
     add, rate = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images per step, over all processes and parts")
-    rate("--lr", type=float, help="peak learning rate")
+    rate("--lr", type=float, help="peak learning rate; the preset's when not given")
     rate("--blr", type=float, help="the same for each 256 images of a batch")
     add("--warmup-epochs", type=float, help="linear warm-up; a tenth of --epochs when not given")
     add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for blocks")

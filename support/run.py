@@ -59,17 +59,14 @@ def check_finite(losses, epoch, names):
                         f"{losses[step, column].item()}; {ADVICE}")
 
 
-def digest(path):
-    """What tells a file from others, wherever it lies; None for no file."""
-    known = path and Path(path).is_file()
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if known else path
-
-
 def what_counts(args, images):
     """A run's options, and what they stand for: the images, and the files that it starts from."""
     known = {"number of images": len(images), "classes": images.classes}
     for name in ("init", "teacher"):
-        known[f"content of {name}"] = digest(getattr(args, name, None))
+        path = getattr(args, name, None)
+        if path and Path(path).is_file():  # what tells it from others, wherever it lies
+            path = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        known[f"content of {name}"] = path
     return {**vars(args), **known}
 
 

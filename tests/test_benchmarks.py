@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY
 
 import analyze
@@ -16,13 +17,18 @@ from benchmarks import peers, quality
 from deepmim import Config, patchify, random_masking, unpatchify
 
 
+@pytest.mark.parametrize("fused", (True, False))
 @pytest.mark.parametrize("name", peers.PEERS)
-def test_peers_hide_what_the_noise_says_and_predict_normalised_patches(name):
+def test_peers_hide_what_the_noise_says_and_predict_normalised_patches(name, fused, monkeypatch):
     pytest.importorskip(name.replace("-", "_"))
     torch.manual_seed(0)
     config = Config(image_size=8, patch_size=2, dim=16, heads=2, depth=2, decoder_dim=8,
                     decoder_heads=2, taps=(2,))
-    peer, noise = peers.PEERS[name](config).eval(), torch.rand(2, 16)
+    peer, noise = peers.PEERS[name](config, fused).eval(), torch.rand(2, 16)
+    ways = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **kwargs: ways.append("fused") or kernel(*args, **kwargs))
     images, (_, ids_hide) = torch.randn(2, 3, 8, 8), random_masking(noise, 0.75)
     losses = []
     for level in (-2.0, 3.0):  # flat patches, which are zero when normalised
@@ -31,6 +37,7 @@ def test_peers_hide_what_the_noise_says_and_predict_normalised_patches(name):
         losses.append(peer(unpatchify(patches, 2), noise))
     torch.testing.assert_close(*losses)
     assert peer(images, noise) > losses[0] + 0.5
+    assert bool(ways) == (fused and name != "vit-pytorch")
     features = peer.features(images)
     assert features.shape == (2, 16)
     torch.testing.assert_close(features[:1], peer.features(images[:1]))

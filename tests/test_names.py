@@ -1,5 +1,6 @@
 """Weights of Hugging Face and timm: read, refused where they compute other things, written."""
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_a_model_of_ours_becomes_timms(tmp_path, pool):
     torch.testing.assert_close(back(IMAGES), theirs.forward_features(IMAGES), atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_of_ours_becomes_maes_and_comes_back(tmp_path):
+def test_a_model_of_ours_becomes_maes_and_comes_back(tmp_path, monkeypatch):
     model = perturbed(DeepMIM(replace(TINY, decoder_dim=16, decoder_heads=16)))
     torch.save({"config": vars(model.config), "model": model.state_dict()}, tmp_path / "model.pt")
     checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/mae.pth", "--to", "mae"])
@@ -96,6 +97,14 @@ def test_a_model_of_ours_becomes_maes_and_comes_back(tmp_path):
     for to, words in (("mae", "no decoder"), ("hf", "no decoder")):
         with pytest.raises(BadInput, match=words):
             checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/out", "--to", to])
+    hog = replace(TINY, target_dim=27)
+    torch.save({"config": vars(hog), "model": DeepMIM(hog).state_dict()}, tmp_path / "model.pt")
+    for to in ("mae", "hf"):  # whose decoders predict pixels
+        with pytest.raises(BadInput, match="no decoder of pixels"):
+            checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/out", "--to", to])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
+    with pytest.raises(BadInput, match="pip install safetensors"):
+        checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/out.safetensors", "--to", "timm"])
     probe = Classifier(TINY, 5, batch_norm=True)
     torch.save({"config": vars(TINY), "model": probe.state_dict()}, tmp_path / "model.pt")
     with pytest.raises(BadInput, match="batch norm"):

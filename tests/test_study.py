@@ -106,6 +106,11 @@ def test_bands_reach_from_the_lowest_to_the_highest_seed(runs, monkeypatch):
     assert bands["DeepMIM"][1] == pytest.approx([1.56, 0.78, 0.52])
 
 
+def test_analyses_alone_are_reported_too(runs):
+    numbers, text = reported(runs / "targets")
+    assert numbers["deepmim-hog", "0", "probe", 2] == 60 and "study-probe.png" in text
+
+
 def test_a_curve_has_only_the_seeds_that_were_measured_most():
     of_x = {6: {"0": 68.0}, 8: {"0": 69.0, "1": 65.0}, 12: {"0": 70.0, "2": 71.0}, 4: {"1": 1.0}}
     assert report.curve({**of_x, "last": {"1": 3.0}}) == ([6, 8, 12], [[68.0], [69.0], [70.0]])
@@ -180,6 +185,18 @@ def test_the_smallest_study_fills_the_table_and_every_picture(monkeypatch, tmp_p
         *report.ARMS, "taps-1-3", "depth-2", "mae-adamw", "deepmim-adamw", "mae-3", "deepmim-3"}
     drawn = {path.stem for path in Path("runs/study/smoke/report").glob("*.png")}
     assert drawn == {f"study-{name.replace(' ', '-')}" for name in report.FIGURES}
+
+
+def test_only_what_changes_a_step_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(recipe.common, "take_turns", lambda ways, *rest: dict.fromkeys(ways, [1]))
+    monkeypatch.setattr(recipe.common, "ratio", lambda *spent: 1.5)
+    machine = recipe.start("cpu")
+    prices = {arm: recipe.cost(arm, machine) for arm in (
+        "preset", "preset-warmup", "preset-decay-0.2", "tiny-6e-3", "preset-plain-pixels",
+        "preset-batch-64", "nano-adamw-2e-3")}
+    assert list(prices.values()) == [1, 1, 1, 1, 1.5, 1.5, 1.5]
+    recipe.main(["data/cifar10", "--table"])
+    assert "| preset-warmup | --warmup-epochs 0.1 |" in capsys.readouterr().out
 
 
 def test_an_arm_of_the_recipe_sees_what_its_cost_allows(images, tmp_path, monkeypatch):
