@@ -371,7 +371,7 @@ def test_a_paired_difference_is_mcnemars():
     assert error == pytest.approx(((16 - 4**2 / 100) / 99 / 100) ** 0.5)
 
 
-def test_blocks_command(call, place, tmp_path):
+def test_blocks_command(call, place, tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     for part, count in (("train", 30), ("test", 10)):
         for label, name in enumerate("ab"):
@@ -402,3 +402,7 @@ def test_blocks_command(call, place, tmp_path):
         assert difference == pytest.approx(both[0] - both[1])
     with pytest.raises(BadInput, match="no classes to tell"):
         call("blocks deep.pt")
+    seen, best = [], analyze.best_probe
+    monkeypatch.setattr(analyze, "best_probe", lambda *given: seen.append(given[1]) or best(*given))
+    call("blocks m-0.pt --train-images 30 --images 10", images="classes")
+    assert len(seen[0]) == 30 and len(seen[0][24:].unique()) == 2  # files lie by class

@@ -58,6 +58,24 @@ def test_crop_and_flip_is_reflection_padding_a_crop_and_a_flip():
         assert torch.equal(cut[i], expected.flip(2) if flip[i] else expected)
 
 
+def test_images_move_in_proportion_to_their_side_and_half_are_flipped():
+    line = torch.arange(64, dtype=torch.uint8)
+    image = torch.stack([line.expand(64, 64), line[:, None].expand(64, 64), line.expand(64, 64)])
+    images = prepare(image.expand(200, 3, 64, 64), 64)
+    seen = 255 * data.to_pixels(batch(images, torch.arange(200), (0, 1)))
+    rows = seen[:, 1, 32, 32].round()
+    assert (rows.min(), rows.max()) == (24, 40)  # 8 of 64 pixels are 4 of 32
+    flipped = seen[:, 0, 32, 33] < seen[:, 0, 32, 32]
+    assert 0.4 < flipped.float().mean() < 0.6
+
+
+def test_the_centre_of_a_file_keeps_its_proportions(tmp_path):
+    image = Image.new("RGB", (160, 80))
+    image.paste((255, 255, 255), (40, 0, 120, 80))
+    image.save(tmp_path / "0.png")
+    assert prepare([tmp_path / "0.png"]).pixels[..., 4:-4].min() > 250
+
+
 @pytest.mark.parametrize("side", [16, 32, 64])
 def test_augmentation_depends_on_seed_and_epoch_and_not_on_the_batch(side):
     pixels, every = make_shapes(40, 0)[0], torch.arange(40)
@@ -100,7 +118,10 @@ def test_an_epoch_is_the_same_to_the_byte_with_any_number_of_workers(tmp_path, s
         images = prepare(files, side, workers=workers, crop_scale=(0.5, 0.6))
         epochs.append(torch.cat([part for part, _ in images.batches(order, (0, seed))]))
     assert torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2])
-    assert side == 32 or images.loader.dataset.augment.transforms[0].scale == (0.5, 0.6)
+    if side > 32:
+        crop, flip, _ = images.loader.dataset.augment.transforms
+        assert crop.scale == (0.5, 0.6) and crop.interpolation == data.BICUBIC
+        assert isinstance(flip, v2.RandomHorizontalFlip) and flip.p == 0.5
     first = v2.functional.pil_to_tensor(Image.open(files[0]))
     whole = v2.functional.resize(first, side + 2 * edge, data.BICUBIC)  # 72 · 256 / 224
     centre = whole[None, :, edge:edge + side, edge:edge + side]
@@ -191,6 +212,8 @@ def test_cifar10_in_place_is_read(monkeypatch):
     for part in find("cifar10"):
         assert part.items.shape == (2, 3, 32, 32) and part.items[0, :, 0, 1].tolist() == [3, 4, 5]
         assert part.labels.tolist() == [1, 0] and part.classes == ["cat", "dog"]
+    asked = [call.kwargs["train"] for call in data.datasets.CIFAR10.call_args_list[1:]]
+    assert asked == [True, False]
 
 
 def test_workers_live_from_epoch_to_epoch(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SIZES, TINY, log, weights
 from PIL import Image
+from torchvision.transforms import v2
 
 import finetune
 from deepmim import Config, ViT
@@ -19,6 +21,7 @@ from support import checkpoint, data, folder
 from support.machine import Machine
 from support.optimizer import Muon, make_optimizers, set_lr
 from support.options import BadInput
+from support.shapes import make_shapes
 
 CPU = Machine(torch.device("cpu"))
 NOISE = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -55,13 +58,14 @@ def test_linear_probe_normalises_over_the_batch():
     assert not list(model.head[0].parameters())
 
 
-def test_layer_rates_follow_the_closed_form():
-    model = classifier()
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_layer_rates_follow_the_closed_form_and_only_matrices_decay(pool):
+    model = classifier(pool=pool)
     optimizers = make_optimizers(model, "muon", 0.05, 0.95, torch.float32,
                                  lambda name: finetune.layer_decay(name, 3, 0.5))
     set_lr(optimizers, 2.0)
     rates = {"encoder.blocks.0": 2 / 8, "encoder.blocks.1": 2 / 4, "encoder.blocks.2": 2 / 2,
-             "encoder": 2 / 16, "fc_norm": 2, "head": 2}  # of names that begin so, the first counts
+             "encoder.norm": 2, "encoder": 2 / 16, "fc_norm": 2, "head": 2}  # the first counts
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         beside = 1 if isinstance(optimizer, Muon) else 0.1
@@ -69,7 +73,83 @@ def test_layer_rates_follow_the_closed_form():
             for name in [names.pop(id(parameter)) for parameter in group["params"]]:
                 rate = next(rates[part] for part in rates if name.startswith(part))
                 assert group["lr"] == pytest.approx(beside * rate), name
+                matrix = name.endswith("weight") and "norm" not in name
+                assert group["weight_decay"] == (0.05 if matrix else 0), name
     assert not names
+
+
+def one_step(accumulate=1, rank=0, epochs=(0,), **how):
+    """A step of gradient descent with a rate of 1 on 8 images: (the model, what it was given)."""
+    args = SimpleNamespace(**{**dict(batch_size=8, accumulate=accumulate, seed=0, smoothing=0,
+                                     mixup=0, cutmix=0, erasing=0), **how})
+    pixels, labels = make_shapes(8, 0, side=8)
+    images = data.InMemory(pixels, labels % 3, list("abc"), 8, CPU.device)
+    model, seen = classifier(), []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    descent = torch.optim.SGD([{"params": list(model.parameters()), "lr_scale": 1.0}])
+    here = Machine(CPU.device, rank, 1 + rank)
+    here.all_reduce_mean = lambda values: values
+    for epoch in epochs:
+        finetune.train_epoch(model, images, [descent], here.grad_scaler(), lambda step: 1.0, epoch,
+                             args, here)
+    return model, seen, next(images.batches(data.epoch_order(8, 8, 0, 0), (0, 0)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("smoothing", [0, 0.3])
+def test_a_step_goes_down_the_gradient_of_smoothed_labels(accumulate, smoothing):
+    model, _, (images, labels) = one_step(accumulate, smoothing=smoothing)
+    plain, wanted = classifier(), (1 - smoothing) * F.one_hot(labels, 3) + smoothing / 3
+    (-(wanted * plain(images).log_softmax(1)).sum(1).mean()).backward()
+    for after, before in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(before - after, before.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["mixup", "cutmix", "erasing"])
+def test_images_are_mixed_and_erased_as_torchvision_does(how, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed, f=torch.manual_seed: drawn.append(seed)
+                        or f(seed))
+    _, (seen, *_), (images, labels) = one_step(**{how: 1.0})
+    if how == "erasing":
+        key = 0, "step", 0, 0, 0, 0, "erasing"
+        expected = data.in_groups(v2.RandomErasing(1.0, value="random"), images, *key)
+    else:
+        torch.manual_seed(drawn[1])  # the first is classifier's
+        mix = {"mixup": v2.MixUp, "cutmix": v2.CutMix}[how](alpha=1.0, num_classes=3)
+        expected, _ = v2.RandomChoice([mix])(images, labels)
+    assert torch.equal(seen, expected) and not torch.equal(seen, images)
+
+
+def test_mixing_is_one_or_the_other_and_differs_by_process_epoch_and_part(monkeypatch):
+    drawn, chosen = [], []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed, f=torch.manual_seed: drawn.append(seed)
+                        or f(seed))
+    monkeypatch.setattr(v2, "RandomChoice", lambda ways: chosen.append(ways) or ways[0])
+    for rank in (0, 1):
+        one_step(2, rank, (0, 1), mixup=0.8, cutmix=1.0)
+    drawn = [seed for seed in drawn if seed]  # 0 is classifier's
+    assert len(drawn) == len(set(drawn)) == 8
+    assert {tuple(map(type, ways)) for ways in chosen} == {(v2.MixUp, v2.CutMix)}
+
+
+class Pair:
+    """Two processes, of which the second computes before the first."""
+    def __init__(self):
+        self.second = []
+
+    def machine(self, rank):
+        found = Machine(torch.device("cpu"), rank, 2)
+        found.broadcast_buffers = lambda model: None
+        found.all_reduce_mean = self.keep if rank else self.add
+        return found
+
+    def keep(self, values):
+        self.second.append(values.clone())
+        return values
+
+    def add(self, values):
+        return (values + self.second.pop(0)) / 2
 
 
 @pytest.mark.parametrize("classes", [9, 12])
@@ -87,6 +167,10 @@ def test_evaluate_counts_best_and_five_best(monkeypatch, classes):
     images.batches = lambda chunks: ((logits[ids], labels[ids]) for ids in chunks)
     record, taken_for = finetune.evaluate(torch.nn.Identity(), images, CPU)
     assert record == pytest.approx(expected, rel=1e-5)
+    pair = Pair()
+    finetune.evaluate(torch.nn.Identity(), images, pair.machine(1))
+    shared, confusion = finetune.evaluate(torch.nn.Identity(), images, pair.machine(0))
+    assert shared == pytest.approx(expected, rel=1e-5) and torch.equal(confusion, taken_for)
     for wanted in range(classes):
         for given in range(classes):
             count = ((labels == wanted) & (logits.argmax(dim=1) == given)).sum().item()
@@ -142,6 +226,19 @@ def test_the_held_out_images_are_not_read_with_hold_out(call, pretrained, tmp_pa
     assert len(seen) == len(set(seen)) == 18 and not [path for path in seen if "/val/" in path]
 
 
+def test_training_images_are_augmented_and_layers_decay_as_asked(call, tmp_path, monkeypatch):
+    prepare, train_epoch = Mock(wraps=data.prepare), Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(data, "prepare", prepare)
+    monkeypatch.setattr(finetune, "train_epoch", train_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        call("finetune", "--shift", 3, "--randaugment", 9, "--layer-decay", 0.5, "--optimizer",
+             "adamw", "--out", tmp_path)
+    *_, shift, scale, further = prepare.call_args_list[0].args
+    assert (shift, scale, further.magnitude) == (3, (0.08, 1), 9)
+    groups = train_epoch.call_args.args[2][0].param_groups
+    assert {group["lr_scale"] for group in groups} == {1 / 16, 1 / 8, 1 / 4, 1 / 2, 1}
+
+
 @pytest.fixture
 def at_the_start(call, tmp_path, monkeypatch):
     """A function of options: the classifier as it enters the first epoch."""
@@ -169,6 +266,17 @@ def test_frozen_layers_get_no_gradient_and_drop_nothing(at_the_start, pretrained
     trained += [f"encoder.blocks.{i}." for i in range(3 - blocks, 3)]
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith(tuple(trained)), name
+
+
+def test_stochastic_depth_leaves_an_image_of_the_batch_as_it_is_or_adds_more():
+    """Rows that are kept grow by 1 / (1 − chance), so that the mean is that of evaluation."""
+    encoder = classifier().encoder
+    finetune.add_stochastic_depth(encoder, 0.5)
+    block, x = encoder.blocks[-1].train(), torch.randn(64, 5, 16)
+    block.attn.forward = lambda tokens, wanted: torch.ones_like(tokens)
+    block.mlp.forward = lambda tokens: 10 * torch.ones_like(tokens)
+    added = (block(x) - x).round()
+    assert (added == added[:, :1, :1]).all() and set(added.unique().tolist()) == {0, 2, 20, 22}
 
 
 @pytest.mark.parametrize("blocks", range(4))
@@ -273,11 +381,9 @@ def test_random_weights_are_cut_off_too(at_the_start):
     assert len(at_the_start("--scratch", *SIZES, "--keep-blocks", 2).encoder.blocks) == 2
 
 
-def test_an_encoder_cut_off_is_measured_as_it_is_saved(call, pretrained, tmp_path, refused):
+def test_an_encoder_cut_off_is_measured_as_it_is_saved(call, pretrained, tmp_path):
     call("finetune", "--init", pretrained, "--keep-blocks", 2, "--out", tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     call("finetune", "--eval", "--init", tmp_path / "run" / "model.pt", "--out", tmp_path / "eval")
     found = json.loads((tmp_path / "eval" / "result.json").read_text())
     assert found["val_loss"] == pytest.approx(result["val_loss"])
-    with pytest.raises(BadInput, match="--keep-blocks: the encoder has 3 blocks"):
-        call("finetune", "--init", pretrained, "--keep-blocks", 4, "--out", tmp_path / "no")

@@ -23,21 +23,23 @@ def test_the_rate_is_a_line_for_a_tenth_unless_told_then_half_a_cosine(warmup_ep
 def test_matrices_decay_those_of_blocks_by_muon_and_fixed_positions_are_not_trained(name):
     model = DeepMIM(TINY)
     made = optimizer.make_optimizers(
-        model, name, 0.1, 0.95, torch.float32, lambda n: 1 if n.startswith("enc") else 0.25)
+        model, name, 0.1, 0.9, torch.float32, lambda n: 1 if n.startswith("enc") else 0.25)
     optimizer.set_lr(made, 2.0)
     found = {}
     for each in made:
         for group in each.param_groups:
-            assert isinstance(each, optimizer.Muon) or group["betas"] == (0.9, 0.95)
+            assert isinstance(each, optimizer.Muon) or group["betas"] == (0.9, 0.9)
             for parameter in group["params"]:
                 assert id(parameter) not in found
-                found[id(parameter)] = type(each), group["lr"], group["weight_decay"]
+                found[id(parameter)] = (
+                    type(each), group["lr"], group["weight_decay"], group["parts"])
     for name_, parameter in model.named_parameters():
         matrix = name_.endswith("weight") and "norm" not in name_
         by_muon = name == "muon" and matrix and ".blocks." in name_
         beside = 0.1 if name == "muon" and not by_muon else 1
         expected = (optimizer.Muon if by_muon else torch.optim.AdamW,
-                    beside * (2.0 if name_.startswith("enc") else 0.5), 0.1 if matrix else 0.0)
+                    beside * (2.0 if name_.startswith("enc") else 0.5), 0.1 if matrix else 0.0,
+                    3 if by_muon and "qkv" in name_ else 1)
         fixed = name_.endswith("pos_embed")
         assert found.get(id(parameter)) == (None if fixed else expected), name_
 
@@ -61,11 +63,13 @@ def test_muon_is_that_of_torch_with_stacked_matrices_apart(parts, dtype):
     generator = torch.Generator().manual_seed(0)
     ours = [torch.randn(12, 8, generator=generator) for _ in range(2)]
     theirs = [[part.clone() for part in weight.chunk(parts)] for weight in ours]
-    muon = optimizer.Muon([{"params": ours, "lr_scale": 1.0, "parts": parts,
-                            "weight_decay": 0.1}], dtype)
+    muon = optimizer.Muon([  # a group for each weight, though both are updated at once
+        {"params": [ours[0]], "lr_scale": 1.0, "parts": parts, "weight_decay": 0.1},
+        {"params": [ours[1]], "lr_scale": 0.5, "parts": parts, "weight_decay": 0.4}], dtype)
     optimizer.set_lr([muon], 0.1)
-    reference = torch.optim.Muon(sum(theirs, []), lr=0.1, weight_decay=0.1, momentum=0.95,
-                                 adjust_lr_fn="match_rms_adamw")
+    reference = torch.optim.Muon([
+        {"params": theirs[0]}, {"params": theirs[1], "lr": 0.05, "weight_decay": 0.4}],
+        lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for weight, pieces in zip(ours, theirs):
             weight.grad = torch.randn(12, 8, generator=generator)

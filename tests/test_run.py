@@ -14,6 +14,7 @@ import finetune
 import train
 from support import run as run_module
 from support.machine import Machine
+from support.optimizer import make_schedule
 from support.options import BadInput, RunFailed
 from support.run import Run
 
@@ -93,6 +94,22 @@ def test_a_run_goes_on_where_a_scaler_is_needed_and_where_it_is_not(tmp_path, be
     assert next(run.epochs(2, *parts)) == 1 and parts[2].get_scale() == (1 if before else 2**16)
 
 
+def test_a_scaler_goes_on_where_it_was(tmp_path):
+    run, *parts = small_run(tmp_path, scaler=True)
+    next(run.epochs(2, *parts))
+    parts[2].load_state_dict({**parts[2].state_dict(), "scale": 512.0})
+    run.finish_epoch({"seconds": 1}, {})
+    run, *parts = small_run(tmp_path, scaler=True)
+    assert next(run.epochs(2, *parts)) == 1 and parts[2].get_scale() == 512
+
+
+@pytest.mark.parametrize("script", ["train", "finetune"])
+def test_the_rate_follows_the_schedule_over_all_steps(call, tmp_path, script):
+    call(script, "--lr", 1e-3, "--warmup-epochs", 1, "--out", tmp_path)  # three steps an epoch
+    rate = make_schedule(1e-3, 2, 1, 3)
+    assert [line["learning_rate"] for line in log(tmp_path)] == pytest.approx([rate(2), rate(5)])
+
+
 @pytest.mark.parametrize("script, more", [("train", []), ("finetune", AUGMENTED)])
 def test_an_interrupted_run_goes_on_to_the_same_weights(call, tmp_path, capsys, script, more):
     whole, out = tmp_path / "whole", tmp_path / "cut"
@@ -169,6 +186,10 @@ def test_a_run_goes_on_where_data_and_files_moved_not_with_others(call, images, 
         torch.save(content, tmp_path / "new.pt")
         with pytest.raises(BadInput, match=words):
             call(*start, "--teacher", pretrained, "--data", images, *more)
+    with stopped_before(2):
+        call("train", "--init", pretrained, "--out", tmp_path / "init")
+    with pytest.raises(BadInput, match="the content of init was"):
+        call("train", "--init", tmp_path / "new.pt", "--out", tmp_path / "init")
     monkeypatch.chdir(tmp_path)
     call(*start, "--teacher", "copy.pt", "--data", "./moved/../moved")
     assert len(log(tmp_path / "run")) == 2

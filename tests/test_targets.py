@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, log, weights
+from torchvision.transforms import v2
 
 from deepmim import (
     DeepMIM,
@@ -107,8 +108,9 @@ def test_feature_targets_are_normalised_tokens_of_the_whole_image(blocks):
 
 def test_a_teacher_of_larger_images_sees_them_resized():
     encoder = ViT(replace(TINY, image_size=16, patch_size=4))  # 16 patches, as the student
-    found = FeatureTargets(TINY, encoder)(torch.ones(3, 3, 8, 8), IDS_KEEP, IDS_HIDE)
-    expected = FeatureTargets(encoder.config, encoder)(torch.ones(3, 3, 16, 16), IDS_KEEP, IDS_HIDE)
+    found = FeatureTargets(TINY, encoder)(IMAGES, IDS_KEEP, IDS_HIDE)
+    resized = v2.functional.resize(IMAGES, 16, v2.InterpolationMode.BICUBIC, antialias=True)
+    expected = FeatureTargets(encoder.config, encoder)(resized, IDS_KEEP, IDS_HIDE)
     torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ def test_a_long_run_draws_a_twentieth_of_its_epochs_and_the_last(call, monkeypat
     call("train", "--epochs", 60, "--out", tmp_path)
     epochs = [int(title.split("/")[0].removeprefix("epoch ")) for title in drawn]
     assert epochs == [*range(1, 60, 3), 60]
+
+
+def test_training_images_move_as_far_as_asked(call, tmp_path, monkeypatch):
+    prepare = Mock(wraps=data.prepare)
+    monkeypatch.setattr(data, "prepare", prepare)
+    call("train", "--shift", 3, "--epochs", 1, "--out", tmp_path)
+    assert [given.args[4:] for given in prepare.call_args_list] == [(3,), ()]  # and held-out: not
 
 
 def test_mae_is_one_tap_and_teaches_hybrid_targets(call, tmp_path):
