@@ -359,7 +359,8 @@ def main(argv=None):
     classes, depth = train.classes, config.depth
     require(len(classes or ()) > 1, f"--data: {args.data} has no classes to tell apart; "
             "train/<class>/* is needed, and val/ or test/ beside train/")
-    further = v2.RandAugment(magnitude=args.randaugment) if args.randaugment else None
+    one = v2.RandomApply([v2.RandAugment(1, args.randaugment)], p=0.5)  # as in timm, twice
+    further = v2.Compose([one, one]) if args.randaugment else None
     images = data.prepare(train, config, machine, args.workers, args.shift, CROP_SCALE, further)
     held_out = data.prepare(held_out, config, machine, args.workers)
     model = make_classifier(args, config, weights, len(classes), machine)

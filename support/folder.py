@@ -88,7 +88,7 @@ def labelled(directory, machine, classes=None):
     classes = found if classes is None else classes
     differ = sorted(set(classes) ^ set(found)) if classes else ()
     require(not differ, f"{directory}: it must have the classes of the training images; "
-            f"these are in one only: {', '.join(differ)}")
+            f"{len(differ)} are in one only, such as {', '.join(differ[:3])}")
     stray = [path for path in inside if path.suffix.lower() in SUFFIXES]
     require(not (classes and stray), f"{directory}: images lie beside class folders ({len(stray)})")
     paths, labels, others = [], [], Counter()
@@ -96,7 +96,9 @@ def labelled(directory, machine, classes=None):
         more, passed_over = walk(directory / name)
         require(more, f"{directory / name}: no images in it; .jpg or .png files are needed, or, to "
                 "train, train/<class>/ with them")
-        paths, labels, others = paths + more, labels + [label] * len(more), others + passed_over
+        paths += more
+        labels += [label] * len(more)
+        others += passed_over
     left = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     machine.print(f"{directory}: {len(paths)} images" + (f"; not taken: {left}" if left else ""))
     return Part(paths, torch.tensor(labels), classes or None)

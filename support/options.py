@@ -8,6 +8,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from deepmim import Config
@@ -44,6 +45,8 @@ def run(main):
         main()
     except (BadInput, RunFailed) as error:
         status, line = 2 if isinstance(error, BadInput) else 1, str(error)
+    except torch.OutOfMemoryError:  # of a GPU
+        status, line = 1, "out of the GPU's memory; --accumulate 2 halves what a step needs"
     except KeyboardInterrupt:
         status, line = 130, "stopped; run the same command again to go on with training"
     # Before processes know one another, all fail alike, and one line is enough.
@@ -138,7 +141,8 @@ def add_training_options(parser):
     add = parser.add_argument_group("machine").add_argument
     add("--out", help="directory of the run; runs/PRESET-METHOD when not given")
     add("--device", choices=("cuda", "mps", "cpu"), help="the fastest when not given")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="processes that decode images")
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes
+    add("--workers", type=int, default=min(16, max(1, cores)), help="processes that decode images")
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
     add("--compile", action="store_true", help="compile the model: a slow start, faster steps")
     add("--accumulate", type=int, default=1, help="compute a batch in this many parts: less memory")

@@ -234,7 +234,10 @@ def test_training_images_are_augmented_and_layers_decay_as_asked(call, tmp_path,
         call("finetune", "--shift", 3, "--randaugment", 9, "--layer-decay", 0.5, "--optimizer",
              "adamw", "--out", tmp_path)
     *_, shift, scale, further = prepare.call_args_list[0].args
-    assert (shift, scale, further.magnitude) == (3, (0.08, 1), 9)
+    assert (shift, scale) == (3, (0.08, 1)) and len(further.transforms) == 2
+    for half in further.transforms:
+        (one,) = half.transforms
+        assert (half.p, one.num_ops, one.magnitude) == (0.5, 1, 9)
     groups = train_epoch.call_args.args[2][0].param_groups
     assert {group["lr_scale"] for group in groups} == {1 / 16, 1 / 8, 1 / 4, 1 / 2, 1}
 
