@@ -247,11 +247,10 @@ def blocks(args, encoders, batches):
     for name, encoder in encoders.items():
         def features(images, encoder=encoder):
             return torch.stack(block_features(encoder, images, args.tokens), dim=1)
-        found = [x for part in sets for x in all_features(features, part)]
+        (xs, labels), (queries, wanted) = (all_features(features, part) for part in sets)
         if machine.device.type == "mps":  # which has no float64
-            found = [x.cpu() for x in found]
-        xs, labels, queries, wanted = found                      # xs and queries (n, depth, p)
-        xs, queries = xs.unbind(dim=1), queries.unbind(dim=1)    # depth × (n, p)
+            xs, labels, queries, wanted = (x.cpu() for x in (xs, labels, queries, wanted))
+        xs, queries = xs.unbind(dim=1), queries.unbind(dim=1)    # (n, depth, p) → depth × (n, p)
         found = [best_probe(x, labels, asked) for x, asked in zip(xs, queries)]
         right[name] = [classes == wanted for classes, _ in found]
         accuracies = [x.double().mean().item() for x in right[name]]

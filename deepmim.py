@@ -286,7 +286,7 @@ class Decoder(nn.Module):
 
 def patch_statistics(patches):
     """Mean and deviation of each patch, two (B, N, 1). As in MAE's code the variance is the
-    unbiased one, and 1e-6 helps flat patches."""
+    unbiased one, and 1e-6 keeps flat patches from a division by zero."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
@@ -427,7 +427,7 @@ class DeepMIM(nn.Module):
         outputs = self.encoder.forward_intermediates(images, ids_keep)  # depth × (B, 1 + V, D)
         tapped = [outputs[tap - 1] for tap in config.taps[:-1]] + [self.encoder.norm(outputs[-1])]
         predictions = [decode(x, ids_keep, ids_hide) for decode, x in zip(self.decoders, tapped)]
-        asked = (targets or PixelTargets(config))(images, ids_keep, ids_hide)  # as predictions
-        pairs = zip(predictions, asked, strict=True)
+        asked = (targets or PixelTargets(config))(images, ids_keep, ids_hide)
+        pairs = zip(predictions, asked, strict=True)                    # taps × (B, N − V, K) each
         losses = torch.stack([reconstruction_loss(p, t) for p, t in pairs])  # (taps,)
         return Output(losses.sum(), losses, predictions, ids_keep, ids_hide)

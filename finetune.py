@@ -285,6 +285,8 @@ def nearest_neighbours(features, labels, queries, classes, k):
 def load_classifier(args, machine):
     """(the fine-tuned Classifier of --init, its classes, --value-range or else that of training)
     for --eval and --predict."""
+    given = [options.option(name) for name in MODEL_OPTIONS if getattr(args, name) is not None]
+    require(not given, f"--init: {args.init} is taken as it is; leave {', '.join(given)} out")
     content = checkpoint.read(args.init)
     holds = isinstance(content, dict) and "classes" in content
     require(holds, f"--init: {args.init} has no classifier; finetune.py writes one")

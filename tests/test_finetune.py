@@ -309,6 +309,7 @@ def test_eval_writes_accuracy_by_class_and_confusions(call, images, pretrained, 
     tuned = tmp_path / "run" / "model.pt"
     for place, mode, words in (("val/cat", ["--eval"], "must have the classes"),
                                ("nowhere", ["--eval"], "nowhere: it can't be used"),
+                               ("", ["--eval", "--dim", 16], "taken as it is; leave --dim out"),
                                ("", ["--predict", tmp_path / "nowhere"], "it can't be used")):
         with pytest.raises(BadInput, match=words):
             call("finetune", "--data", images / place, *mode, "--init", tuned, "--out", tmp_path)
