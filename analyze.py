@@ -332,6 +332,8 @@ def curves(args, models, batches):
             histories[name] = [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise BadInput(f"{run / 'log.jsonl'}: no log of a run ({error})") from None
+        holds = histories[name] and {"losses", "val_loss"} & histories[name][0].keys()
+        require(holds, f"{run / 'log.jsonl'}: no epoch of train.py or finetune.py is in it")
     return figures.training_curves(histories), {"runs": histories}
 
 

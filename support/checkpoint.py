@@ -78,7 +78,7 @@ def read_model(path, heads=None, norm_pix=True):
 
 
 def sizes_of(state, heads, norm_pix, path):
-    """The sizes of an MAE or a ViT of which only the weights are known; a decoder's heads are MAE's."""
+    """The sizes of an MAE or a ViT of which only weights are known; its decoder has MAE's heads."""
     encoder = {name.removeprefix("encoder."): value for name, value in state.items()}
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight"):
         require(name in encoder, f"{path}: no ViT of ours, MAE's or timm's: {name} is missing")

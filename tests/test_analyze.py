@@ -187,7 +187,7 @@ def place(tmp_path_factory):
             torch.nn.init.zeros_(decoder.pred.weight)
         torch.save({"config": vars(model.config), "model": model.state_dict()}, path / f"{name}.pt")
     torch.save(model.encoder.state_dict(), path / "bare.pt")
-    for name, line in LOGS.items():
+    for name, line in {**LOGS, "foreign": {"accuracy": 1}}.items():
         (path / name).mkdir()
         (path / name / "log.jsonl").write_text(json.dumps(line) + "\n")
     return path
@@ -296,6 +296,7 @@ def test_names_in_legends():
     ("reconstruct deep.pt --teacher nowhere.pt", "nowhere.pt: no such file"),
     ("reconstruct mae.pt --teacher zero.pt", "--teacher: norm_pix is False"),
     ("reconstruct bare.pt", "bare.pt: "), ("curves images", "log.jsonl: no log of a run"),
+    ("curves foreign", "log.jsonl: no epoch of train.py or finetune.py"),
     ("dance", "invalid choice"),
 ])
 def test_bad_input_is_named_and_nothing_is_written(call, tmp_path, line, words):
