@@ -9,8 +9,9 @@
     python analyze.py curves RUN [RUN …]                 # losses and accuracies of runs, overlaid
 
 Each writes a picture and its numbers, DIR/<command>.png and .json, --out DIR (default: figures).
-A.pt is ours, MAE's or timm's; reconstruct needs decoders. Images are held-out ones or, of a folder
-without train/, all of them. They are in float32 (TF32 on a GPU), and unmasked but for reconstruct.
+A.pt is ours, MAE's, timm's or Hugging Face's; reconstruct needs decoders. Images are held-out ones
+or, of a folder without train/, all of them, and unmasked but for reconstruct. Models compute in
+float32 (TF32 on a GPU).
 """
 
 import json
@@ -349,11 +350,12 @@ OPTIONS = {
     "value_range": dict(type=options.number_list, metavar="LOW,HIGH", help="as train.py's"),
     "images": dict(type=int, default=500, help="held-out images to look at"),
     "train_images": dict(type=int, default=20_000, help="training images to fit a probe on"),
-    "seeds": dict(action="store_true", help="models named alike but for a last number are one"),
+    "seeds": dict(action="store_true", help="names alike but for a last number: one line"),
     "device": dict(choices=("cuda", "mps", "cpu"), help="the fastest when not given"),
     "workers": dict(type=int, default=2, help="processes that decode images"),
     "heads": dict(type=int, help="attention heads, where a checkpoint doesn't tell"),
-    "tokens": dict(choices=("mean", "cls", "all"), default="mean", help="the features"),
+    "tokens": dict(choices=("mean", "cls", "all"), default="mean",
+                   help="features: mean patch token, class token, all tokens"),
     "block": dict(type=int, help="from 1; else block 8 for cross-cka, the last for attention"),
     "rows": dict(type=int, default=8, help="images to draw"),
     "target": dict(choices=TARGETS, default="pixels", help="as train.py's"),

@@ -14,8 +14,8 @@
     python finetune.py --predict DIR --init runs/shapes-finetune/model.pt  # predictions.csv
 
 The same command goes on after an interruption. Writes model.pt, log.jsonl, curves.png, result.json
-and last.pt into --out. Every epoch is measured on test images, but the last one's counts. To choose
-a recipe, hold out training images: --hold-out 0.1.
+and last.pt into --out. Every epoch is measured on test images; only the last figure counts. To
+choose a recipe, hold out training images: --hold-out 0.1.
 """
 
 import copy
@@ -132,14 +132,14 @@ def parse(argv):
         add(options.option(name), type=int)
     add("--pool", choices=("mean", "cls"), default="mean", help="the token to classify")
     add = parser.add_argument_group("recipe").add_argument
-    add("--layer-decay", type=float, default=0.75, help="lr of a layer, by that of the one above")
+    add("--layer-decay", type=float, default=0.75, help="a layer's lr, by that of the one above")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--mixup", type=float, default=0.0, help="MixUp's alpha; 0 is none")
     add("--cutmix", type=float, default=0.0, help="CutMix's alpha; 0 is none")
-    add("--randaugment", type=int, default=0, help="its magnitude, to 30; 0 is none")
+    add("--randaugment", type=int, default=0, help="RandAugment's magnitude, to 30; 0 is none")
     add("--erasing", type=float, default=0.0, help="chance of random erasing")
-    add("--hold-out", type=float, default=0.0, help="measure on this share of training images")
+    add("--hold-out", type=float, default=0.0, help="test on this share of training images")
     add("--knn-k", type=int, default=20, help="neighbours that vote")
     options.add_training_options(parser)
     args = parser.parse(argv, PRESETS, LINEAR_PROBE)

@@ -67,7 +67,8 @@ def training(model, config, images, args, machine):
 def compare(size, batch_size, rounds, machine):
     """Measure one size: a table."""
     config = Config(**SIZES[size])
-    args = finetune.parse(["--scratch", "--optimizer", "adamw", "--batch-size", str(batch_size)])
+    args = finetune.parse(["--scratch", "--optimizer", "adamw", "--lr", "1e-3",
+                           "--batch-size", str(batch_size)])
     pixels, labels = make_shapes(STEPS * batch_size, "benchmark", side=config.image_size)
     images = data.InMemory(pixels, labels, list(FIGURES), config.image_size, machine.device, 4)
     makers = {"ours": ours}

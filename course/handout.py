@@ -7,7 +7,7 @@ Signature and docstring of each function stay, and so do the tests. To grade, ea
 student's is put into this project's own file, in a directory of its own, and this project's own
 tests run there. So a wrong function costs one exercise, and edited tests change nothing. Grading
 runs the student's code, in the process of the tests: do it where that may do no harm, and read the
-code of who seems to cheat.
+code of anyone who seems to cheat.
 """
 
 import ast
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,8 @@ class Exercise(NamedTuple):
 
 EXERCISES = (
     Exercise("deepmim.py", "patchify", 15, 1, (
-        "test_patchify_orders_patches_by_row_and_pixels_by_row_column_channel",)),
+        "test_patchify_orders_patches_by_row_and_pixels_by_row_column_channel",
+        "test_unpatchify_inverts_patchify")),
     Exercise("deepmim.py", "random_masking", 15, 1, (
         "test_random_masking_keeps_the_smallest_noise",)),
     Exercise("deepmim.py", "sine_cosine_positions", 30, 2, ("test_positions_are_the_formula",)),
@@ -82,8 +84,8 @@ EXERCISES = (
 GRADERS = sorted({test.split("::")[0] for exercise in EXERCISES for test in exercise.ids})
 README = """# DeepMIM: the exercises
 
-Read course/TUTORIAL.md first, or course/EXERCISES.md if you know MAE. The tutorial's code runs
-only when the exercises that it uses are done.
+Read course/TUTORIAL.md first, without typing: its code runs only when the exercises that it uses
+are done. If you know MAE, begin with course/EXERCISES.md.
 
     python3 -m venv .venv && source .venv/bin/activate && pip install -r requirements.txt
     python -m pytest -q tests     # all pass when all exercises are done
@@ -120,11 +122,16 @@ def without_bodies(file, first=1):
 
 
 def with_function(file, function, students):
-    """The text of a file of this project with one function of a student's file in its place."""
+    """The text of a file of this project with one function of a student's file in its place.
+    It is written anew, in our indentation, without annotations, whose names may not be there."""
     lines = (HERE / file).read_text(encoding="utf-8").splitlines(keepends=True)
     ours, theirs = find("".join(lines), function), find(students, function)
-    body = students.split("\n")[theirs.lineno - 1 : theirs.end_lineno]
-    lines[ours.lineno - 1 : ours.end_lineno] = [line + "\n" for line in body]
+    theirs.decorator_list, theirs.returns = [], None  # ours are above the first line
+    for part in ast.walk(theirs):
+        if isinstance(part, ast.arg):
+            part.annotation = None
+    body = textwrap.indent(ast.unparse(theirs), " " * ours.col_offset)
+    lines[ours.lineno - 1 : ours.end_lineno] = [body + "\n"]
     return "".join(lines)
 
 
@@ -154,9 +161,10 @@ def write(directory):
 def all_passed(report, count):
     """Whether pytest wrote a report of `count` tests or more, and none failed or was skipped. It
     writes none where the code ends the process."""
-    if not report.exists():
+    try:
+        suite = ElementTree.parse(report).find("testsuite")
+    except (OSError, ElementTree.ParseError):
         return False
-    suite = ElementTree.parse(report).find("testsuite")
     others = sum(int(suite.get(name)) for name in ("errors", "failures", "skipped"))
     return int(suite.get("tests")) >= count and not others
 

@@ -8,8 +8,9 @@
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
 #     bash study/study.sh data/cifar10 --print       # the commands, without running them
 #
-# DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, the report of size small
-# into study, of others into runs/study/SIZE/report. The same command goes on after an
+# DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, the reports of sizes small
+# and targets into study and study/targets, over what is there, of others into
+# runs/study/SIZE/report. The same command goes on after an
 # interruption: what has its result is skipped, and a run that was cut continues. What is there
 # after an early stop is a smaller study: seed 0, then seed 1, and so on. PYTHON=… names another
 # python.

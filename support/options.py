@@ -62,11 +62,16 @@ def run(main):
     sys.exit(status)
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, where there are any."""
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults in --help, knows RANGES, and raises BadInput."""
     def __init__(self, **kwargs):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(formatter_class=formatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise BadInput(message.removeprefix("argument "))
@@ -93,6 +98,8 @@ class Parser(argparse.ArgumentParser):
         require(ends is None or len(ends) == 2 and ends[0] < ends[1],
                 "--value-range: two numbers are needed, of black and of white: 0,65535")
         if presets:
+            own = args.lr or args.blr or args.optimizer == recipe.get("optimizer", "adamw")
+            require(own, f"--optimizer: {args.optimizer} needs an --lr; the preset's is another's")
             lr, blr = (args.lr, args.blr) if args.lr or args.blr else (lr, blr)
             args.lr = lr or blr * args.batch_size / 256
         return args
@@ -123,7 +130,7 @@ def add_training_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10, or a directory")
     add("--limit", type=int, help="use this many training images")
-    add("--shift", type=int, default=4, help="pixels that images to 64 px move, at 32")
+    add("--shift", type=int, default=4, help="of 32 pixels, that images of up to 64 px move by")
     add("--value-range", type=number_list, metavar="LOW,HIGH",
         help="values of black and white, for images of more than 8 bits")
     add("--skip-damaged", action="store_true", help="leave out files that can't be decoded")
@@ -131,15 +138,16 @@ def add_training_options(parser):
     add, rate = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images per step, over all processes and parts")
-    rate("--lr", type=float, help="peak learning rate; the preset's when not given")
+    rate("--lr", type=float, help="peak learning rate; else that in PRESETS of the script")
     rate("--blr", type=float, help="the same for each 256 images of a batch")
     add("--warmup-epochs", type=float, help="linear warm-up; a tenth of --epochs when not given")
-    add("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for blocks")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="muon is for the matrices of blocks, with AdamW for the rest")
     add("--weight-decay", type=float, default=0.05, help="of matrices, times the learning rate")
     add("--beta2", type=float, default=0.95, help="AdamW's, of squared gradients")
     add("--seed", type=int, default=0, help="of initialisation, order, augmentation and masks")
     add = parser.add_argument_group("machine").add_argument
-    add("--out", help="directory of the run; runs/PRESET-METHOD when not given")
+    add("--out", help="directory of the run; else runs/, named after preset and method or mode")
     add("--device", choices=("cuda", "mps", "cpu"), help="the fastest when not given")
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes
     add("--workers", type=int, default=min(16, max(1, cores)), help="processes that decode images")

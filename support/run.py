@@ -17,7 +17,8 @@ from support.options import BadInput, RunFailed, option, require
 # Options that may change when a run goes on. Files are compared by what is in them.
 MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset", "log", "keep_every",
               "data", "init", "teacher")
-ADVICE = "what was saved before is intact; try a lower --lr, a longer --warmup-epochs or --no-amp"
+ADVICE = ("what was saved before is intact; try, with another --out, a lower --lr, a longer "
+          "--warmup-epochs or --no-amp")
 
 
 def write(path, save):

@@ -37,8 +37,9 @@ def plain_hsic(x, y):
 def test_linear_cka_equals_the_definition_in_both_forms(n, p, q):
     x, y = normal(n, p), normal(n, q, seed=1) + 3
     y[:, :2] += x[:, :2]
-    expected = plain_hsic(x, y) / (plain_hsic(x, x) * plain_hsic(y, y)) ** 0.5
+    expected, before = plain_hsic(x, y) / (plain_hsic(x, x) * plain_hsic(y, y)) ** 0.5, x.clone()
     assert linear_cka(x, y).item() == pytest.approx(expected, rel=1e-9)
+    assert torch.equal(x, before)
 
 
 def test_linear_cka_is_blind_to_rotation_and_scale_but_not_to_stretching():
@@ -131,8 +132,10 @@ def test_head_similarity_equals_the_definition():
 def test_ridge_probe_is_least_squares_with_rows_that_pull_the_weights_to_zero():
     scales, labels = torch.arange(1, 6), (torch.arange(60) % 5).clamp(max=2)  # not equally many
     x, queries = 3 + scales * normal(60, 5), 4 + 2 * scales * normal(40, 5, seed=1)
+    x[:, 4], queries[:, 4] = 7, 7  # a feature that doesn't vary says nothing
     strength = 0.1
     deviation, mean = torch.std_mean(x, dim=0)
+    deviation[4] = 1
     rows, asked = ((part - mean) / deviation for part in (x, queries))
     pull = (60 * strength) ** 0.5 * torch.eye(5, dtype=torch.float64)
     one_hot = torch.eye(3, dtype=torch.float64)[labels]

@@ -205,8 +205,9 @@ def test_loss_is_the_mean_over_hidden_patches_only():
     low = prediction.detach().bfloat16()
     expected = deepmim.reconstruction_loss(low.float(), target)
     torch.testing.assert_close(deepmim.reconstruction_loss(low, target), expected)
-    with pytest.raises(ValueError):  # no broadcast
-        deepmim.reconstruction_loss(torch.zeros(5, 12, 12), torch.zeros(5, 12, 1))
+    for shape in (5, 12, 1), (1, 12, 12), (5, 1, 12), (12, 12):
+        with pytest.raises(ValueError):  # no broadcast
+            deepmim.reconstruction_loss(torch.zeros(5, 12, 12), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -296,6 +297,7 @@ def test_forward_draws_a_mask_where_none_is_asked_for(stand_ins):
     masks = [model(IMAGES).ids_keep for _ in range(2)]
     assert masks[0].shape == (5, 5) and not torch.equal(*masks)
     assert len({tuple(row) for row in masks[0].tolist()}) > 1  # one for each image
+    assert tiny().to("meta")(IMAGES.to("meta")).ids_keep.is_meta  # drawn on the images' device
 
 
 def test_a_teacher_stays_as_it_is_and_outside_the_student():

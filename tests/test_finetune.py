@@ -232,7 +232,7 @@ def test_training_images_are_augmented_and_layers_decay_as_asked(call, tmp_path,
     monkeypatch.setattr(finetune, "train_epoch", train_epoch)
     with pytest.raises(KeyboardInterrupt):
         call("finetune", "--shift", 3, "--randaugment", 9, "--layer-decay", 0.5, "--optimizer",
-             "adamw", "--out", tmp_path)
+             "adamw", "--lr", 1e-3, "--out", tmp_path)
     *_, shift, scale, further = prepare.call_args_list[0].args
     assert (shift, scale) == (3, (0.08, 1)) and len(further.transforms) == 2
     for half in further.transforms:

@@ -20,7 +20,8 @@ def assert_alike(out, reference, rel):
 
 
 @pytest.mark.parametrize("asked", [
-    ["--method", "mae", "--taps", 3], ["--optimizer", "adamw"], ["--accumulate", 2],
+    ["--method", "mae", "--taps", 3], ["--optimizer", "adamw", "--lr", 1e-3],
+    ["--accumulate", 2],
     ["--target", "hog"], ["--target", "hybrid"], ["--target", "features"]],
     ids=lambda asked: asked[1])
 def test_a_gpu_trains_as_a_cpu(call, pretrained, tmp_path, asked):
@@ -33,7 +34,7 @@ def test_a_gpu_trains_as_a_cpu(call, pretrained, tmp_path, asked):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_mixed_precision_trains_about_as_float32(call, monkeypatch, tmp_path, dtype, optimizer):
-    how = "--device", "cuda", "--norm-pix", "--optimizer", optimizer, "--out"
+    how = "--device", "cuda", "--norm-pix", "--optimizer", optimizer, "--lr", 8.5e-3, "--out"
     call("train", *how, tmp_path / "exact", "--no-amp")
     monkeypatch.setattr(machine, "mixed_precision", lambda device: dtype)
     call("train", *how, tmp_path / "mixed")

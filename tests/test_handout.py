@@ -89,7 +89,8 @@ def test_a_body_decides_whether_its_tests_pass(outcomes, number):
 
 
 WRONG = {  # plausible mistakes in each function: (what is there, what is wrong)
-    "patchify": [("(p q c)", "(c p q)"), ("b (h w)", "b (w h)"), ("(p q c)", "(q p c)")],
+    "patchify": [("(p q c)", "(c p q)"), ("b (h w)", "b (w h)"), ("(p q c)", "(q p c)"),
+                 ("rearrange(images", "rearrange(images[:, :3]")],
     "random_masking": [("argsort(dim=1)", "argsort(dim=1, descending=True)"),
                        ("noise.argsort(dim=1)", "noise.argsort(dim=1).argsort(dim=1)"),
                        ("(1 - mask_ratio)", "mask_ratio")],
@@ -102,6 +103,8 @@ WRONG = {  # plausible mistakes in each function: (what is there, what is wrong)
                               ("if self.config.norm_pix:", "if True:")],
     "reconstruction_loss": [("F.mse_loss", "F.l1_loss"), (".mse_loss(", ".mse_loss(2 * "),
                             ("if prediction.shape != target.shape:", "if False:"),
+                            ("prediction.shape != target.shape",
+                             "prediction.shape[-1] != target.shape[-1]"),
                             ("prediction.to(target.dtype), target",
                              "prediction, target.to(prediction.dtype)")],
     "Decoder.forward": [("1 + ids_keep, 1 + ids_hide", "ids_keep, ids_hide"),
@@ -126,13 +129,14 @@ WRONG = {  # plausible mistakes in each function: (what is there, what is wrong)
                         ("F.normalize(x.flatten(2), dim=2)",
                          "F.normalize(x, dim=-1).flatten(2) / x.shape[2] ** 0.5")],
     "linear_cka": [("x - x.mean(dim=0), y - y.mean(dim=0)", "x, y"), (".square().sum()", ".norm()"),
-                   ("x.mean(dim=0)", "x.mean()")],
+                   ("x.mean(dim=0)", "x.mean()"),
+                   ("x, y = x - x.mean(dim=0), y", "x -= x.mean(dim=0)\n    y = y")],
     "unbiased_hsic": [("2 / (n - 2)", "1 / (n - 2)"), ("(n * (n - 3))", "(n * (n - 1))"),
                       ("(n - 1) * (n - 2)", "n * (n - 1)")],
     "ridge_probe": [("for rows in (x, queries))", "for rows in (x, 2 * queries))"),
                     ("strength * torch", "len(x) * strength * torch"),
                     ("std_mean(x.double(), dim=0)", "std_mean(x.double())"),
-                    (" + wanted.mean(dim=0)", ""),
+                    (" + wanted.mean(dim=0)", ""), ("(deviation + 1e-6)", "deviation"),
                     ("(rows.double() - mean) / (deviation + 1e-6)",
                      "(rows.double() - rows.double().mean(0)) / rows.double().std(0)")],
 }
@@ -211,11 +215,12 @@ def test_tests_that_are_left_out_earn_nothing(few, monkeypatch, student, body):
 
 @pytest.mark.slow
 def test_a_function_is_read_as_python_reads_it(few, monkeypatch, student):
-    """A stub above the solution, a form feed, and what editors of Windows put at the start."""
+    """A stub above the solution, a form feed, what editors of Windows put at the start, tabs, and
+    an annotation."""
     monkeypatch.setattr(handout, "EXERCISES", handout.EXERCISES[:2])
-    text = (student / "deepmim.py").read_text()
-    stub = "def patchify(images, patch_size):\n    raise NotImplementedError  # \f\u2028\n\n\n"
-    text = text.replace("def patchify", f"{stub}def patchify", 1)
+    text = (student / "deepmim.py").read_text().replace("    ", "\t")
+    stub = "def patchify(images, patch_size):\n\traise NotImplementedError  # \f\u2028\n\n\n"
+    text = text.replace("def patchify(images,", f"{stub}def patchify(images: Tensor,", 1)
     (student / "deepmim.py").write_text("\ufeff" + text, encoding="utf-8")
     assert points(student)[1]["points"] == 2
 

@@ -31,6 +31,13 @@ def test_a_given_rate_goes_over_the_presets(monkeypatch, preset, arguments, expe
     assert train.parse(["--batch-size", "64", *arguments]).lr == pytest.approx(expected)
 
 
+def test_help_shows_defaults_where_there_are_any(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--preset", "cifar10", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "over all processes and parts (default: 1024)" in said and "None)" not in said
+
+
 @pytest.mark.parametrize("arguments, expected", [
     ([], 1e-2), (["--preset", "imagenet"], 1e-2), (["--lr", "3"], 3), (["--blr", "4"], 0.5)])
 def test_a_linear_probe_has_a_rate_of_its_own(arguments, expected):
@@ -128,6 +135,7 @@ TRAIN = [
     "--decoder-heads 3 → --decoder-dim: 8 must be divisible by decoder_heads", "--decoder-depth 0",
     "--init MODEL --depth 2 --taps 1,2 → has 3 blocks", "--init MODEL --dim 32 → model.pt",
     "--init MODEL --heads 4 → --heads", "--patch-size 0",
+    "--optimizer adamw → --optimizer: adamw needs an --lr", "--preset imagenet --optimizer muon",
     "--teacher MODEL --patch-size 4 → --teacher: patch_size is 2, the student's 4",
     "--teacher MODEL --image-size 16 → --teacher: image_size is 8, the student's 16",
     "--teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
