@@ -135,7 +135,7 @@ TRAIN = [
     "--decoder-heads 3 → --decoder-dim: 8 must be divisible by decoder_heads", "--decoder-depth 0",
     "--init MODEL --depth 2 --taps 1,2 → has 3 blocks", "--init MODEL --dim 32 → model.pt",
     "--init MODEL --heads 4 → --heads", "--patch-size 0",
-    "--optimizer adamw → --optimizer: adamw needs an --lr", "--preset imagenet --optimizer muon",
+    "--optimizer adamw → --optimizer: adamw needs an --lr", "--preset imagenet --optimizer muon → muon needs an",
     "--teacher MODEL --patch-size 4 → --teacher: patch_size is 2, the student's 4",
     "--teacher MODEL --image-size 16 → --teacher: image_size is 8, the student's 16",
     "--teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
