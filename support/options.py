@@ -63,9 +63,10 @@ def run(main):
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults, where there are any."""
+    """Shows the defaults, but not that an option isn't given."""
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):

@@ -35,7 +35,8 @@ def test_help_shows_defaults_where_there_are_any(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--preset", "cifar10", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "over all processes and parts (default: 1024)" in said and "None)" not in said
+    assert "over all processes and parts (default: 1024)" in said
+    assert "None)" not in said and "False)" not in said
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -135,7 +136,8 @@ TRAIN = [
     "--decoder-heads 3 → --decoder-dim: 8 must be divisible by decoder_heads", "--decoder-depth 0",
     "--init MODEL --depth 2 --taps 1,2 → has 3 blocks", "--init MODEL --dim 32 → model.pt",
     "--init MODEL --heads 4 → --heads", "--patch-size 0",
-    "--optimizer adamw → --optimizer: adamw needs an --lr", "--preset imagenet --optimizer muon → muon needs an",
+    "--optimizer adamw → --optimizer: adamw needs an --lr",
+    "--preset imagenet --optimizer muon → --optimizer: muon needs an --lr",
     "--teacher MODEL --patch-size 4 → --teacher: patch_size is 2, the student's 4",
     "--teacher MODEL --image-size 16 → --teacher: image_size is 8, the student's 16",
     "--teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
