@@ -86,8 +86,8 @@ class CKA:
 
 def ridge_probe(x, labels, queries, strength):
     """Classes that a linear classifier in closed form gives to queries: ridge regression.
-    x (n, D), labels (n,), queries (Q, D) → (Q,). Features are standardised over x, labels one-hot.
-    strength is the weights' penalty, in units of a feature's variance."""
+    x (n, D), labels (n,), queries (Q, D) → (Q,). Features are standardised over x (to 0 where one
+    doesn't vary), labels one-hot. strength is the weights' penalty, in units of their variance."""
     deviation, mean = torch.std_mean(x.double(), dim=0)
     x, queries = ((rows.double() - mean) / (deviation + 1e-6) for rows in (x, queries))
     wanted = F.one_hot(labels).double()                              # (n, classes)
@@ -350,7 +350,7 @@ OPTIONS = {
     "value_range": dict(type=options.number_list, metavar="LOW,HIGH", help="as train.py's"),
     "images": dict(type=int, default=500, help="held-out images to look at"),
     "train_images": dict(type=int, default=20_000, help="training images to fit a probe on"),
-    "seeds": dict(action="store_true", help="names alike but for a last number: one line"),
+    "seeds": dict(action="store_true", help="draw names that differ in a last number as one"),
     "device": dict(choices=("cuda", "mps", "cpu"), help="the fastest when not given"),
     "workers": dict(type=int, default=2, help="processes that decode images"),
     "heads": dict(type=int, help="attention heads, where a checkpoint doesn't tell"),

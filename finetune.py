@@ -132,7 +132,7 @@ def parse(argv):
         add(options.option(name), type=int)
     add("--pool", choices=("mean", "cls"), default="mean", help="the token to classify")
     add = parser.add_argument_group("recipe").add_argument
-    add("--layer-decay", type=float, default=0.75, help="a layer's lr, by that of the one above")
+    add("--layer-decay", type=float, default=0.75, help="share of the lr of the layer above")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the last block")
     add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--mixup", type=float, default=0.0, help="MixUp's alpha; 0 is none")

@@ -50,7 +50,7 @@ def parse(argv):
     add("--teacher-blocks", type=int, default=1, help="average features of this many last blocks")
     add("--alphas", type=options.number_list, help="the image's share in hybrid targets: 0,1/3,2/3")
     add("--init", help="checkpoint to start from, its encoder and decoders that fit")
-    add("--keep-every", type=int, metavar="N", help="keep each Nth epoch-N.pt, in half precision")
+    add("--keep-every", type=int, metavar="N", help="keep every Nth epoch's weights, as float16")
     options.add_model_options(parser)
     options.add_training_options(parser)
     args = parser.parse(argv, PRESETS)

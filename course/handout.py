@@ -126,10 +126,12 @@ def with_function(file, function, students):
     It is written anew, in our indentation, without annotations, whose names may not be there."""
     lines = (HERE / file).read_text(encoding="utf-8").splitlines(keepends=True)
     ours, theirs = find("".join(lines), function), find(students, function)
-    theirs.decorator_list, theirs.returns = [], None  # ours are above the first line
+    theirs.decorator_list = []  # ours are above the first line
     for part in ast.walk(theirs):
         if isinstance(part, ast.arg):
             part.annotation = None
+        elif isinstance(part, ast.FunctionDef):
+            part.returns = None
     body = textwrap.indent(ast.unparse(theirs), " " * ours.col_offset)
     lines[ours.lineno - 1 : ours.end_lineno] = [body + "\n"]
     return "".join(lines)

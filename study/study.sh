@@ -10,10 +10,9 @@
 #
 # DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, the reports of sizes small
 # and targets into study and study/targets, over what is there, of others into
-# runs/study/SIZE/report. The same command goes on after an
-# interruption: what has its result is skipped, and a run that was cut continues. What is there
-# after an early stop is a smaller study: seed 0, then seed 1, and so on. PYTHON=… names another
-# python.
+# runs/study/SIZE/report. The same command goes on after an interruption: what has its result is
+# skipped, and a run that was cut continues. What is there after an early stop is a smaller study:
+# seed 0, then seed 1, and so on. PYTHON=… names another python.
 set -euo pipefail
 
 fail() {

@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
                 "--value-range: two numbers are needed, of black and of white: 0,65535")
         if presets:
             own = args.lr or args.blr or args.optimizer == recipe.get("optimizer", "adamw")
-            require(own, f"--optimizer: {args.optimizer} needs an --lr; the preset's is another's")
+            require(own, f"--optimizer: {args.optimizer} needs an --lr; the preset has another's")
             lr, blr = (args.lr, args.blr) if args.lr or args.blr else (lr, blr)
             args.lr = lr or blr * args.batch_size / 256
         return args
@@ -131,7 +131,7 @@ def add_training_options(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help="shapes, cifar10, or a directory")
     add("--limit", type=int, help="use this many training images")
-    add("--shift", type=int, default=4, help="of 32 pixels, that images of up to 64 px move by")
+    add("--shift", type=int, default=4, help="pixels of 32, that images to 64 px move by")
     add("--value-range", type=number_list, metavar="LOW,HIGH",
         help="values of black and white, for images of more than 8 bits")
     add("--skip-damaged", action="store_true", help="leave out files that can't be decoded")
