@@ -204,6 +204,8 @@ def test_one_mistake_costs_one_exercise_and_edited_tests_change_nothing(few, stu
 
 @pytest.mark.parametrize("body", [
     "    import pytest\n    pytest.skip()\n", "    import os\n    os._exit(0)\n",
+    "    import os, sys\n    (word,) = [word for word in sys.argv if 'junit' in word]\n"
+    "    open(word.partition('=')[2], 'w').write('no XML')\n    os._exit(0)\n",
     "    raise type('passed', (Exception,), {'__module__': 'builtins'})()\n"])
 @pytest.mark.slow
 def test_tests_that_are_left_out_earn_nothing(few, monkeypatch, student, body):
