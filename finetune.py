@@ -398,7 +398,7 @@ def main(argv=None):
             "pool": args.pool, "linear_probe": args.linear_probe, "value_range": args.value_range})
         machine.print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4f}  validation accuracy "
                       f"{record['val_accuracy']:.2%}  {speed:.0f} images/s")
-        if machine.is_main_process:  # after what matters is safe
+        if run.draws_now():  # after what matters is safe
             curves = figures.training_curves({run.path.name: run.history})
             figures.save(curves, run.path / "curves.png")
             run.show("curves.png")

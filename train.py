@@ -180,9 +180,7 @@ def main(argv=None):
         run.finish_epoch(record, content)
         line = f"epoch {epoch + 1}/{args.epochs}  last decoder's training loss {losses[-1]:.4f}"
         machine.print(f"{line}  sum {losses.sum():.4f}  {speed:.0f} images/s")
-        last = epoch + 1 == args.epochs
-        # After what matters is safe. On a GPU a picture takes as long as a short epoch.
-        if machine.is_main_process and (last or epoch % max(1, args.epochs // 20) == 0):
+        if run.draws_now():  # after what matters is safe
             picture = run.path / "reconstruction.png"
             draw_reconstructions(model, targets, held_out, config, machine, picture, line)
             run.show(picture.name)

@@ -83,11 +83,12 @@ def start(device=None, amp=True, batch_size=1, accumulate=1):
 
 def find_device(name=None):
     """The torch.device called name, or the fastest; of several GPUs this process's own."""
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    rank, local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
     mps = torch.backends.mps.is_available()
     name = name or ("cuda" if gpus else "mps" if mps else "cpu")
-    there = {"cuda": rank < gpus, "mps": mps, "cpu": True}[name]
-    require(there, f"--device: there is no {name} device for process {rank} here")
+    there = {"cuda": local <= gpus, "mps": mps, "cpu": True}[name]  # the same in all processes
+    require(there, f"--device: there is no {name} device for each of {local} processes here")
     if name == "cuda":
         torch.cuda.set_device(rank)
         torch.set_float32_matmul_precision("high")

@@ -15,8 +15,8 @@ from support import checkpoint
 from support.options import BadInput, RunFailed, option, require
 
 # Options that may change when a run goes on. Files are compared by what is in them.
-MAY_CHANGE = ("out", "device", "workers", "accumulate", "resume", "preset", "log", "keep_every",
-              "data", "init", "teacher")
+MAY_CHANGE = ("out", "device", "workers", "accumulate", "compile", "resume", "preset", "log",
+              "keep_every", "data", "init", "teacher")
 ADVICE = ("what was saved before is intact; try, with another --out, a lower --lr, a longer "
           "--warmup-epochs or --no-amp")
 
@@ -146,6 +146,8 @@ class Run:
         self.history.append(record)
         if not self.machine.is_main_process:
             return
+        weights = {name: value.cpu() for name, value in content["model"].items()}
+        content = {**content, "model": weights}  # which loads where there is no GPU
         write(self.path / "model.pt", lambda file: torch.save(content, file))
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write(self.path / "log.jsonl", lambda file: file.write(lines.encode()))
@@ -153,7 +155,7 @@ class Run:
             seconds = round(sum(line["seconds"] for line in self.history), 2)
             self.write_result({**record, "seconds": seconds})
         state = {**content, "options": self.options, "history": self.history,
-                 "model": model.state_dict(), "scaler": scaler.state_dict(),
+                 "scaler": scaler.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         write(self.path / "last.pt", lambda file: torch.save(state, file))
         if self.writer:
@@ -165,8 +167,14 @@ class Run:
     def keep(self, content, name):
         """Write content, its weights in half precision, as OUT/name."""
         if self.machine.is_main_process:
-            half = {key: value.half() for key, value in content["model"].items()}
+            half = {key: value.half().cpu() for key, value in content["model"].items()}
             write(self.path / name, lambda file: torch.save({**content, "model": half}, file))
+
+    def draws_now(self):
+        """Whether to draw after this epoch: the last, the first, and some twenty in all. On a GPU a
+        picture takes as long as a short epoch."""
+        done, between = len(self.history), max(1, self.total // 20)
+        return self.machine.is_main_process and (done == self.total or (done - 1) % between == 0)
 
     def show(self, name):
         """With --log tensorboard: the picture OUT/name."""

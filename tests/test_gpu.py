@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import AUGMENTED, log, stopped_before
+from conftest import AUGMENTED, log, stopped_before, weights
 
 import analyze
 from support import machine
@@ -50,12 +50,14 @@ def test_a_compiled_step_is_the_same_step(call, tmp_path, parts):
 
 
 def test_a_run_on_a_gpu_goes_on_where_it_stopped(call, tmp_path):
-    command = "train", *EXACT, "--device", "cuda", "--epochs", 4, "--out"
+    command = "train", *EXACT, "--device", "cuda", "--epochs", 4, "--keep-every", 2, "--out"
     call(*command, tmp_path / "whole")
     with stopped_before(3):
         call(*command, tmp_path / "cut")
     call(*command, tmp_path / "cut")
     assert_alike(tmp_path / "cut", tmp_path / "whole", 1e-4)
+    for name in ("model.pt", "epoch-2.pt"):  # load where there is no GPU
+        assert {x.device.type for x in weights(tmp_path / "cut" / name).values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("mode", [[], ["--linear-probe"], ["--knn", "--knn-k", 3]])

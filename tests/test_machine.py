@@ -16,6 +16,16 @@ def test_a_batch_is_cut_evenly_or_refused(monkeypatch, world, accumulate):
         machine.start("cpu", False, 12, accumulate)
 
 
+def test_too_few_gpus_are_said_by_the_process_that_speaks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    assert machine.find_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(BadInput, match="no cuda device for each of 3 processes"):
+        machine.find_device()
+
+
 @pytest.mark.parametrize("fast, abilities, on_cpu, on_gpu", [
     (True, {"avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
     (False, {"avx2": True}, torch.float32, torch.float16)])

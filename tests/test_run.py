@@ -80,7 +80,7 @@ def test_what_is_no_number_is_not_saved(tmp_path, place):
             model[0].bias.data[0] = math.nan
         record = {"loss": math.inf if place == "loss" else 1.0, "seconds": 1.5}
         with pytest.raises(RunFailed, match=f"epoch 1: {place} is NaN or infinite"):
-            run.finish_epoch(record, {})
+            run.finish_epoch(record, {"model": {}})
     assert not list(tmp_path.iterdir())
 
 
@@ -89,7 +89,7 @@ def test_a_run_goes_on_where_a_scaler_is_needed_and_where_it_is_not(tmp_path, be
     """As from an A100, which computes in bfloat16, to a T4 with float16 and a scaler, and back."""
     run, *parts = small_run(tmp_path, scaler=before)
     next(run.epochs(2, *parts))
-    run.finish_epoch({"seconds": 1}, {})
+    run.finish_epoch({"seconds": 1}, {"model": parts[0].state_dict()})
     run, *parts = small_run(tmp_path, scaler=not before)
     assert next(run.epochs(2, *parts)) == 1 and parts[2].get_scale() == (1 if before else 2**16)
 
@@ -98,7 +98,7 @@ def test_a_scaler_goes_on_where_it_was(tmp_path):
     run, *parts = small_run(tmp_path, scaler=True)
     next(run.epochs(2, *parts))
     parts[2].load_state_dict({**parts[2].state_dict(), "scale": 512.0})
-    run.finish_epoch({"seconds": 1}, {})
+    run.finish_epoch({"seconds": 1}, {"model": parts[0].state_dict()})
     run, *parts = small_run(tmp_path, scaler=True)
     assert next(run.epochs(2, *parts)) == 1 and parts[2].get_scale() == 512
 

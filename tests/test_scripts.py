@@ -90,16 +90,26 @@ def test_a_read_only_out_is_one_line(call, images, pretrained, out):
         analyze.main(["cka", f"{pretrained}", "--data", f"{images}", "--out", out])
 
 
-@pytest.mark.parametrize("script, features", [
-    ("train", False), ("train", True), ("finetune", False)])
+@pytest.mark.parametrize("script, how", [
+    ("train", ""), ("train", "features"), ("train", "compiled"), ("finetune", "")])
 def test_two_processes_go_on_from_what_one_began_and_train_as_one(
-        call, images, pretrained, tmp_path, script, features):
-    common = ["--no-amp", *(["--target", "features", "--teacher", pretrained] if features else [])]
+        call, images, pretrained, tmp_path, script, how):
+    features = ["--target", "features", "--teacher", pretrained] if how == "features" else []
+    common = ["--no-amp", *features]
     call(script, *common, "--out", tmp_path / "one")
     with stopped_before(2):
         call(script, *common, "--out", tmp_path / "two")
     more = [*common, "--accumulate", 3, "--out", tmp_path / "two"]
-    out = torchrun(f"{script}.py", *arguments_of(script, images, *more))
+    program = f"{script}.py"
+    if how == "compiled":  # traced as ever, without the minutes of code generation
+        more.append("--compile")
+        program = tmp_path / "compiled.py"
+        program.write_text(
+            "import torch, train\nfrom support import options\n"
+            "compile = torch.nn.Module.compile\n"
+            "torch.nn.Module.compile = lambda self, mode: compile(self, backend='aot_eager')\n"
+            "options.run(train.main)\n")
+    out = torchrun(program, *arguments_of(script, images, *more))
     assert "epoch 1/2" not in out and out.count("epoch 2/2") == 1
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         for name in one.keys() & {"loss", "train_loss", "val_loss"}:
