@@ -2,7 +2,7 @@
 # Does deep supervision help, and in which blocks? Every command, from pre-training to the report.
 #
 #     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
-#     bash study/study.sh data/cifar10               # small: all questions, ten hours on two cores
+#     bash study/study.sh data/cifar10               # small: questions 1 to 7, ten hours
 #     bash study/study.sh data/cifar10 --size targets   # what decoders are asked for, seed 0
 #     bash study/study.sh data/cifar10 --size full   # preset cifar10, a GPU
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
@@ -186,7 +186,7 @@ train mae-adamw 0 --method mae --optimizer adamw --lr 1e-3
 train deepmim-adamw 0 $DEEP --optimizer adamw --lr 1e-3
 MORE='' look ablation-0 blocks "${ablation[@]}" mae-adamw-0/model.pt deepmim-adamw-0/model.pt
 for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
-# Twice as long: both methods for as many epochs as mae-long.
+# DeepMIM for as many epochs as mae-long.
 train deepmim-long 0 $DEEP --epochs "$equal"
 look long-0 blocks deepmim-long-0/model.pt
 tune deepmim-long 0 cut-${CUT##* } --keep-blocks ${CUT##* }
