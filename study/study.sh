@@ -8,11 +8,11 @@
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
 #     bash study/study.sh data/cifar10 --print       # the commands, without running them
 #
-# DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, the reports of sizes small
-# and targets into study and study/targets, over what is there, of others into
-# runs/study/SIZE/report. The same command goes on after an interruption: what has its result is
-# skipped, and a run that was cut continues. What is there after an early stop is a smaller study:
-# seed 0, then seed 1, and so on. PYTHON=… names another python.
+# DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, those of an hour into
+# runs/study/hour-DATA; reports of sizes small and targets into study and study/targets, over what is
+# there, of others into report below their runs. The same command goes on after an interruption: what
+# has its result is skipped, and a run that was cut continues. What is there after an early stop is a
+# smaller study: seed 0, then seed 1, and so on. PYTHON=… names another python.
 set -euo pipefail
 
 fail() {
@@ -40,15 +40,15 @@ PYTHON=${PYTHON:-python}
 RUNS=runs/study/$SIZE
 REPORT=$RUNS/report
 
-# CUT, PARTIAL and REINIT are numbers of blocks, LABELS and MANY of labels. SHAPE and DEEP are options
-# of the model, SOME of an analysis.
+# CUT, PARTIAL and REINIT are numbers of blocks, LABELS and MANY of labels. SHAPE and DEEP are
+# options of the model, SOME of an analysis.
 SEEDS="0 1 2" EPOCHS=8 LABELS=10000 MANY=50000 EVERY=1 BLOCK=8
 CUT="6 8 10 12" PARTIAL="1 2 4 8 12" REINIT="2 4 6 8"
 TAPS="10,12 8,10,12 3,6,9,12"
 SHAPE='' DEEP='' SOME="--images 10000"
 TRAIN="--preset cifar10-nano" TUNE="--preset cifar10-nano --epochs 5"
 case $SIZE in
-    hour) SEEDS=0 ;;
+    hour) SEEDS=0 RUNS+=-$(basename "$DATA") REPORT=$RUNS/report ;;
     small) REPORT=study ;;
     targets) EPOCHS=2 REPORT=study/targets ;;
     full) TRAIN="--preset cifar10" TUNE="--preset cifar10" EPOCHS=100 EVERY=10 ;;

@@ -103,6 +103,18 @@ def test_a_scaler_goes_on_where_it_was(tmp_path):
     assert next(run.epochs(2, *parts)) == 1 and parts[2].get_scale() == 512
 
 
+@pytest.mark.parametrize("total, drawn", [
+    (1, [1]), (8, [1, 2, 3, 4, 5, 6, 7, 8]), (60, [*range(1, 59, 3), 60])])
+def test_pictures_are_drawn_some_twenty_times_and_at_the_end(tmp_path, total, drawn):
+    for rank in (0, 1):
+        run, *parts = small_run(tmp_path, rank)
+        found = []
+        for _ in run.epochs(total, *parts):
+            run.history.append({})
+            found += [len(run.history)] if run.draws_now() else []
+        assert found == ([] if rank else drawn)
+
+
 @pytest.mark.parametrize("script", ["train", "finetune"])
 def test_the_rate_follows_the_schedule_over_all_steps(call, tmp_path, script):
     call(script, "--lr", 1e-3, "--warmup-epochs", 1, "--out", tmp_path)  # three steps an epoch
