@@ -9,10 +9,11 @@
 #     bash study/study.sh data/cifar10 --print       # the commands, without running them
 #
 # DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, those of an hour into
-# runs/study/hour-DATA; reports of sizes small and targets into study and study/targets, over what is
-# there, of others into report below their runs. The same command goes on after an interruption: what
-# has its result is skipped, and a run that was cut continues. What is there after an early stop is a
-# smaller study: seed 0, then seed 1, and so on. PYTHON=… names another python.
+# runs/study/hour-DATA; reports of sizes small and targets into study and study/targets, over what
+# is there, of others into report below their runs. The same command goes on after an
+# interruption: what has its result is skipped, and a run that was cut continues. What is there
+# after an early stop is a smaller study: seed 0, then seed 1, and so on. PYTHON=… names another
+# python.
 set -euo pipefail
 
 fail() {
