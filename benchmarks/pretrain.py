@@ -32,7 +32,9 @@ from support.machine import distribute, start
 from support.optimizer import make_optimizers, randomness
 from support.shapes import make_shapes
 
-OURS = {"ours, MAE": (12,), "ours, DeepMIM": (6, 8, 10, 12)}  # their taps
+OURS = {  # what differs from the size's Config
+    "ours, MAE": {"taps": (12,)}, "ours, DeepMIM": {},
+    "ours, DeepMIM, decoders of one block": {"decoder_depth": 1}}
 BATCHES = {"nano": 256, "tiny": 256, "base": 8}  # images per step; the last in a few GB
 IN_FLOAT32 = " in float32"
 STEPS = 3  # in a round
@@ -50,7 +52,7 @@ class Trainee:
     def __init__(self, name, size, machine, compile=False, source=deepmim, optimizer="adamw",
                  **changes):
         torch.manual_seed(0)
-        sizes = {**SIZES[size], "taps": OURS.get(name, (12,)), **changes}
+        sizes = {**SIZES[size], **OURS.get(name, OURS["ours, MAE"]), **changes}
         self.config, self.machine, self.ours = Config(**sizes), machine, name in OURS
         if name.endswith(IN_FLOAT32):
             self.machine = dataclasses.replace(machine, dtype=torch.float32)

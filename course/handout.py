@@ -27,7 +27,8 @@ from support.run import write_json
 HERE = Path(__file__).resolve().parent.parent
 COPIED = ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "*.py", "support/*.py",
           "course/__init__.py", "course/tutorial.py", "course/*.md", "course/*.ipynb",
-          "course/pictures/*.png", "study/README.md", "study/checkpoints/*.pt", "tests/conftest.py")
+          "course/pictures/*.png", "study/*.md", "study/*.png", "study/*/*.png",
+          "study/checkpoints/*.pt", "support/README.md", "tests/conftest.py")
 SECONDS = 120  # that the tests of an exercise may take, torch's import included
 
 
@@ -70,6 +71,7 @@ EXERCISES = (
         "test_forward_gives_each_decoder_its_tap_and_its_target",
         "test_forward_draws_a_mask_where_none_is_asked_for",
         "test_forward_refuses_too_few_or_too_many_targets",
+        "test_gradient_equals_finite_differences",
         "test_a_teacher_stays_as_it_is_and_outside_the_student")),
     Exercise("analyze.py", "head_similarity", 20, 1, (
         "test_head_similarity_of_known_cases", "test_head_similarity_equals_the_definition")),

@@ -142,11 +142,12 @@ def in_maes_form(decoder, tokens):
 
 def test_decoder_knows_patches_by_their_places_and_not_by_their_order():
     decoder = Decoder(Config(**{**TINY, "decoder_depth": 2}))
-    tokens, order = torch.randn(5, 5, 16), [2, 0, 3, 1]
+    tokens, order = torch.randn(5, 5, 16, requires_grad=True), [2, 0, 3, 1]
     torch.nn.init.normal_(decoder.norm.bias)  # a new norm's does nothing
     prediction = decoder(tokens, IDS_KEEP, IDS_HIDE)
     expected = take_patches(in_maes_form(decoder, tokens), IDS_HIDE)
     torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.grad(prediction.sum(), tokens)[0].any()
     reordered = torch.cat([tokens[:, :1], tokens[:, 1:][:, order]], dim=1)
     torch.testing.assert_close(decoder(reordered, IDS_KEEP[:, order], IDS_HIDE), prediction)
     torch.testing.assert_close(decoder(tokens, IDS_KEEP, IDS_HIDE.flip(1)), prediction.flip(1))
@@ -309,7 +310,7 @@ def test_a_teacher_stays_as_it_is_and_outside_the_student():
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert student.state_dict().keys() == names
     same = student(IMAGES, NOISE, HybridTargets(student.config, teacher, (1, 1, 1)))
-    assert torch.equal(same.losses, plain)
+    torch.testing.assert_close(same.losses, plain)
 
 
 def test_gradient_equals_finite_differences():
