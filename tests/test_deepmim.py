@@ -77,10 +77,13 @@ def test_attention_equals_torchs_own():
     ours, theirs = deepmim.Attention(24, 3), torch.nn.MultiheadAttention(24, 3, batch_first=True)
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
     theirs.out_proj.load_state_dict(ours.proj.state_dict())
-    x = torch.randn(2, 5, 24)
+    x = torch.randn(2, 5, 24, requires_grad=True)
     output, weights = theirs(x, x, x, average_attn_weights=False)
     torch.testing.assert_close(ours(x), output)
-    torch.testing.assert_close(deepmim.attention_map(*ours.split(x)[:2]), weights)
+    maps, some = deepmim.attention_map(*ours.split(x)[:2]), torch.randn_like(weights)
+    torch.testing.assert_close(maps, weights)
+    slopes = [torch.autograd.grad((each * some).sum(), x)[0] for each in (maps, weights)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_attention_in_bfloat16_is_the_same_formula():

@@ -97,7 +97,7 @@ WRONG = {  # plausible mistakes in each function: (what is there, what is wrong)
     "sine_cosine_positions": [("[columns, rows]", "[rows, columns]"), ("-(torch", "(torch"),
                               ("[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]")],
     "attention_map": [("** -0.5", "** -1"), ("softmax(dim=-1)", "softmax(dim=-2)"),
-                      ("q * q.shape[-1] ** -0.5", "q")],
+                      ("q * q.shape[-1] ** -0.5", "q"), ("(q * q", "(q.detach() * q")],
     "PixelTargets.__call__": [("ids_hide)  #", "ids_keep)  #"), ("x - mean", "x"),
                               ("(x - mean) / deviation", "(x - x.mean()) / x.std()"),
                               ("if self.config.norm_pix:", "if True:")],
