@@ -184,7 +184,7 @@ def held_out_batches(args, config, machine):
     require(len(order) >= needed, f"--images: {args.command} needs {needed}; {args.images} were "
             f"asked for, and {len(part.labels)} are held out in {args.data}")
     images = data.prepare(part.take(order), config, machine, args.workers)
-    chunks = torch.arange(len(order)).chunk(-(-len(order) // BATCH))
+    chunks = torch.arange(len(order)).tensor_split(-(-len(order) // BATCH))  # all about as long
     return [batch for batch, _ in images.batches(chunks)]
 
 
@@ -251,16 +251,17 @@ def blocks(args, encoders, batches):
         (xs, labels), (queries, wanted) = (all_features(features, part) for part in sets)
         if machine.device.type == "mps":  # which has no float64
             xs, labels, queries, wanted = (x.cpu() for x in (xs, labels, queries, wanted))
-        xs, queries = xs.unbind(dim=1), queries.unbind(dim=1)    # (n, depth, p) → depth × (n, p)
-        found = [best_probe(x, labels, asked) for x, asked in zip(xs, queries)]
-        right[name] = [classes == wanted for classes, _ in found]
+        right[name], strengths, near = [], [], []
+        for x, asked in zip(xs.unbind(dim=1), queries.unbind(dim=1)):   # (n, p), (Q, p)
+            found, strength = best_probe(x, labels, asked)              # (Q,)
+            right[name].append(found == wanted)
+            strengths.append(strength)
+            found = nearest_neighbours(x, labels, asked, len(parts[0].classes), min(20, len(x)))
+            near.append((found == wanted).double().mean().item())
         accuracies = [x.double().mean().item() for x in right[name]]
-        near = [nearest_neighbours(x, labels, asked, len(parts[0].classes), min(20, len(x)))
-                for x, asked in zip(xs, queries)]
         errors = [(p * (1 - p) / len(wanted)) ** 0.5 for p in accuracies]
-        numbers[name] = {"accuracy": accuracies, "standard_error": errors,
-                         "strength": [strength for _, strength in found],
-                         "nearest_neighbours": [(x == wanted).double().mean().item() for x in near]}
+        numbers[name] = {"accuracy": accuracies, "standard_error": errors, "strength": strengths,
+                         "nearest_neighbours": near}
     first, pairs = next(iter(right)), {}
     for name in list(right)[1:]:
         pairs[f"{name} − {first}"] = [paired_difference(a, b)

@@ -21,7 +21,6 @@ from deepmim import Config, DeepMIM, ViT
 from support import names, options
 from support.options import BadInput, require
 
-DECODER_HEADS = 16  # of MAE's models, and Config's default
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width, of MAE's and timm's models
 
 
@@ -83,6 +82,9 @@ def sizes_of(state, heads, norm_pix, path):
     for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.norm1.weight"):
         require(name in encoder, f"{path}: no ViT of ours, MAE's or timm's: {name} is missing")
     weight, positions = encoder["patch_embed.proj.weight"].shape, encoder["pos_embed"].shape
+    several = any(name.startswith("decoders.1.") for name in state)
+    require(not several, f"{path}: it has several decoders, and doesn't tell after which blocks; "
+            "model.pt of train.py does")
     side = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
     require(len(weight) == 4 and side and 1 + side**2 == positions[1],
             f"{path}: patch_embed.proj.weight {tuple(weight)} and pos_embed {tuple(positions)} "
@@ -98,7 +100,7 @@ def sizes_of(state, heads, norm_pix, path):
     return dict(
         image_size=side * patch_size, patch_size=patch_size, channels=channels, dim=dim,
         depth=depth, heads=heads, taps=(depth,), norm_pix=norm_pix, decoder_depth=decoder or 4,
-        decoder_dim=decoder_dim if decoder_dim % DECODER_HEADS == 0 else 512)
+        decoder_dim=decoder_dim if decoder_dim % Config.decoder_heads == 0 else 512)
 
 
 def load_weights(module, state, path):

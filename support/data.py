@@ -95,7 +95,7 @@ def prepare(part, config, machine, workers=0, shift=0, crop_scale=CROP_SCALE, fu
             bar.update(len(ids))
         bar.close()
     if pixels.shape[1] != channels:
-        pixels = v2.functional.rgb_to_grayscale(pixels)
+        pixels = v2.functional.rgb_to_grayscale(pixels, channels)  # also grey to three alike
     return InMemory(pixels, part.labels, part.classes, size, machine.device, shift, further)
 
 

@@ -235,6 +235,12 @@ def test_cka_commands(call, place):
     assert call("cross-cka deep.pt short.pt")["block"] == 2  # which both have
 
 
+def test_no_batch_is_left_too_small_for_cka(call, monkeypatch):
+    monkeypatch.setattr(analyze, "BATCH", 6)
+    matrix = torch.tensor(call("cross-cka deep.pt mae.pt --images 13")["matrix"])
+    assert matrix.isfinite().all()
+
+
 def test_heads_command_weighs_batches_by_their_images(call, place, monkeypatch):
     monkeypatch.setattr(analyze, "BATCH", 8)
     maps = analyze.attention_of_blocks(*encoder_and_images(place, "mae"))

@@ -167,7 +167,8 @@ def test_files_of_other_kinds_are_refused_and_run_nothing(path, make, monkeypatc
 
 @pytest.mark.parametrize("content, words", [
     ([1, 2], "not a model"), ({}, "not a model"), ({"model": {"a": 1}}, "not a model"),
-    ({"model": {**VIT, 1: torch.ones(1)}}, ""), ({"fc.weight": torch.ones(3, 4)}, "no ViT"),
+    ({"model": {**VIT, 1: torch.ones(1)}}, ""), (OURS["model"], "several decoders"),
+    ({"fc.weight": torch.ones(3, 4)}, "no ViT"),
     *[({**OURS, "config": sizes}, "") for sizes in ({"depht": 3}, {"depth": 0}, {1: 2}, None)]])
 def test_checkpoints_of_other_things_are_refused(path, content, words):
     torch.save(content, path)

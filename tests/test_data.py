@@ -145,6 +145,8 @@ def test_images_get_the_models_channels_whether_files_or_pixels(images):
         assert (prepare(source, 8, channels=1).pixels - grey).abs().max() < 1.1  # BT.601, rounded
         with pytest.raises(BadInput, match="--channels: .* not 2"):
             prepare(source, 8, channels=2)
+    grey = grey.to(torch.uint8)
+    assert torch.equal(prepare(grey, 8).pixels, grey.expand(-1, 3, -1, -1))
 
 
 def test_hold_out_and_limit_choose_the_same_training_images_in_every_run(images):
