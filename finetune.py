@@ -348,7 +348,8 @@ def predict(args, machine):
 def main(argv=None):
     """Set everything up, train or only measure, and write what came out after every epoch."""
     args = parse(argv)
-    machine = start(args.device, args.amp, args.batch_size, args.accumulate)
+    trains = not (args.eval or args.predict or args.knn)
+    machine = start(args.device, args.amp, args.batch_size if trains else 0, args.accumulate)
     torch.manual_seed(args.seed)
     if args.eval or args.predict:
         return (evaluate_checkpoint if args.eval else predict)(args, machine)

@@ -128,9 +128,9 @@ def train_epoch(model, targets, images, optimizers, scaler, schedule, epoch, con
 @torch.no_grad()
 def draw_reconstructions(model, targets, held_out, config, machine, path, title):
     """Write a picture: held-out images, what is visible, and what each decoder predicts."""
-    count = min(8, len(held_out))
-    images, _ = next(held_out.batches([torch.arange(count) * (len(held_out) // count)]))
-    noise = torch.rand(count, config.patches, generator=randomness("pictures")).to(machine.device)
+    images, _ = next(held_out.batches([torch.arange(len(held_out))]))
+    noise = torch.rand(len(images), config.patches, generator=randomness("pictures"))
+    noise = noise.to(machine.device)
     with machine.autocast():
         output = model.forward(images, noise, targets)  # goes around model.compile()
     columns = figures.reconstructions(config, images, output, targets)
@@ -150,7 +150,9 @@ def main(argv=None):
                                 workers=args.workers, batch_size=args.batch_size,
                                 value_range=args.value_range)
     images = data.prepare(train, config, machine, args.workers, args.shift)
-    held_out = data.prepare(held_out, config, machine, args.workers)
+    n = len(held_out.labels)
+    few = torch.arange(min(8, n)) * (n // min(8, n))  # to draw
+    held_out = data.prepare(held_out.take(few), config, machine)
     if args.init:
         weights = checkpoint.read_model(args.init, args.heads)
         depth = weights.config.depth

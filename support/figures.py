@@ -31,8 +31,10 @@ def as_colours(features, like):
     `like`, where 0 … 1 is the middle 96 % of it. Two (B, n, K) → (B, n, 3)."""
     flat = like.flatten(0, 1).float()
     mean = flat.mean(dim=0)
-    _, components = torch.linalg.eigh((flat - mean).T @ (flat - mean))  # by rising variance
-    axes = F.pad(components[:, -3:].flip(1), (0, max(0, 3 - len(mean))))  # (K, 3)
+    scatter = (flat - mean).T @ (flat - mean)                           # (K, K)
+    _, components = torch.linalg.eigh(scatter.cpu())  # by rising variance; mps hasn't always had it
+    axes = components[:, -3:].flip(1).to(flat.device)                   # (K, 3)
+    axes = F.pad(axes, (0, max(0, 3 - len(mean))))                      # with few features too
     edges = torch.tensor([0.02, 0.98], device=flat.device)
     low, high = ((flat - mean) @ axes).quantile(edges, dim=0)           # two (3,)
     return (((features.float() - mean) @ axes - low) / (high - low + 1e-6)).clamp(0, 1)

@@ -81,10 +81,10 @@ def labelled(directory, machine, classes=None):
     """The Part of directory/<class>/*, of these classes if given; of all below it without any.
     Says how many images there are, and how many files were not taken."""
     try:
-        inside = sorted(directory.iterdir())
+        inside = list(directory.iterdir())
     except OSError as error:
         raise BadInput(f"{directory}: it can't be used ({error})") from None
-    found = [path.name for path in inside if path.is_dir() and not path.name.startswith(".")]
+    found = sorted(path.name for path in inside if path.is_dir() and path.name[0] != ".")
     classes = found if classes is None else classes
     differ = sorted(set(classes) ^ set(found)) if classes else ()
     require(not differ, f"{directory}: it must have the classes of the training images; "

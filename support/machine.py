@@ -31,7 +31,7 @@ class Machine:
     def print(self, text):
         """Print a line, once and not once per process."""
         if self.is_main_process:
-            print(text.encode(errors="backslashreplace").decode(), flush=True)  # names of files
+            print(text, flush=True)
 
     def progress(self, total, description):
         """A progress bar over images, in the main process and on a terminal only."""
@@ -70,8 +70,9 @@ class Machine:
             dist.barrier()
 
 
-def start(device=None, amp=True, batch_size=1, accumulate=1):
-    """Set up this process, alone or one of torchrun's: its Machine. Raises BadInput."""
+def start(device=None, amp=True, batch_size=0, accumulate=1):
+    """Set up this process, alone or one of torchrun's: its Machine. Raises BadInput where a batch
+    can't be cut into equal parts; batch_size is 0 where nothing is trained."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     require(batch_size % (world * accumulate) == 0, f"--batch-size: {batch_size} must be divisible "
             f"by {world} processes × --accumulate {accumulate}")

@@ -41,18 +41,19 @@ class RunFailed(Exception):
 def run(main):
     """Call main and end the process: 0, or a line on stderr and 2 (bad input), 1 (failed), 130."""
     status, line = 0, ""
+    for stream in (sys.stdout, sys.stderr):  # some can't show × or every name of a file
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (BadInput, RunFailed) as error:
         status, line = 2 if isinstance(error, BadInput) else 1, str(error)
     except torch.OutOfMemoryError:  # of a GPU
-        status, line = 1, "out of the GPU's memory; --accumulate 2 halves what a step needs"
+        status, line = 1, "out of the GPU's memory; to train, --accumulate 2 halves what is needed"
     except KeyboardInterrupt:
         status, line = 130, "stopped; run the same command again to go on with training"
     # Before processes know one another, all fail alike, and one line is enough.
     if line and (dist.is_initialized() or os.environ.get("RANK", "0") == "0"):
-        line = " ".join(line.split()).encode(errors="backslashreplace").decode()
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
     if dist.is_initialized():
         if status:  # other processes may wait for this one, and NCCL would wait for them
             sys.stdout.flush()

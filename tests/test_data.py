@@ -1,5 +1,6 @@
 """Sources, order, augmentation: against direct definitions, torchvision and files made here."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -177,6 +178,7 @@ def test_held_out_images_are_those_of_find_or_all_without_train(images):
 @pytest.mark.parametrize("side, workers", [(8, 0), (8, 1), (72, 0), (72, 1)])
 @pytest.mark.parametrize("name", [b"3.png", b"\xff.png"], ids=["3", "no text"])
 def test_damaged_images_are_one_line_or_skipped_and_counted(tmp_path, capsys, name, side, workers):
+    sys.stdout.reconfigure(errors="backslashreplace")  # as options.run does
     root = write_folder(tmp_path / "root")
     path = root / "train" / "cat" / name.decode(errors="surrogateescape")
     path.write_bytes(b"")

@@ -1,7 +1,7 @@
 """Directories and files of images, good and bad ones, made here."""
 
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
@@ -31,6 +31,15 @@ def test_folders_are_classes_whatever_their_names_and_links_are_followed(tmp_pat
     assert train.items == [f"{root}/train/{n}" for n in names + [f"dog/{i}.png" for i in range(9)]]
     assert train.labels.tolist() == [0] * 9 + [1] * 9 and val.labels.tolist() == [0] * 6 + [1] * 6
     assert train.classes == val.classes == [odd, "dog"]
+
+
+def test_classes_have_the_same_numbers_on_windows(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "root")
+    for part in ("train", "val"):
+        (root / part / "dog").rename(root / part / "Dog")
+    monkeypatch.setattr(  # there paths are compared like this
+        PurePath, "__lt__", lambda path, other: str(path).lower() < str(other).lower())
+    assert folder.find(root, CPU)[0].classes == ["Dog", "cat"]
 
 
 @pytest.mark.parametrize("place", ["deep", "train"])

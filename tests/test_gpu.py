@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import AUGMENTED, log, stopped_before, weights
+from conftest import AUGMENTED, log, stopped_before, weights, write_folder
 
 import analyze
 from support import machine
@@ -47,6 +47,14 @@ def test_a_compiled_step_is_the_same_step(call, tmp_path, parts):
     call(*command, tmp_path / "as-it-is")
     call(*command, tmp_path / "compiled", "--compile")
     assert_alike(tmp_path / "compiled", tmp_path / "as-it-is", 2e-3)
+
+
+def test_files_that_workers_decode_reach_a_gpu(call, tmp_path):
+    root = write_folder(tmp_path / "root", side=72)  # too large to be kept in memory
+    for device in ("cpu", "cuda"):
+        call("train", *EXACT, "--data", root, "--image-size", 72, "--patch-size", 24,
+             "--workers", 2, "--device", device, "--out", tmp_path / device)
+    assert_alike(tmp_path / "cuda", tmp_path / "cpu", 2e-3)
 
 
 def test_a_run_on_a_gpu_goes_on_where_it_stopped(call, tmp_path):

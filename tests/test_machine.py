@@ -1,8 +1,11 @@
 """Device, precision, processes."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+import finetune
 from support import machine
 from support.options import BadInput
 
@@ -14,6 +17,15 @@ def test_a_batch_is_cut_evenly_or_refused(monkeypatch, world, accumulate):
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(BadInput, match=f"{world} processes × --accumulate {accumulate}"):
         machine.start("cpu", False, 12, accumulate)
+
+
+def test_where_nothing_is_trained_no_batch_has_to_divide(call, pretrained, tmp_path, monkeypatch):
+    begin = Mock(wraps=machine.start)
+    monkeypatch.setattr(finetune, "start", begin)
+    call("finetune", "--init", pretrained, "--knn", "--knn-k", 3, "--out", tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda *_: None)
+    assert machine.start(*begin.call_args.args).world == 5
 
 
 def test_too_few_gpus_are_said_by_the_process_that_speaks(monkeypatch):

@@ -46,6 +46,14 @@ def test_bad_input_is_one_line_and_status_2():
         assert err.startswith(f"{script}: ") and err.count("\n") == 1
 
 
+def test_a_terminal_without_all_letters_stops_nothing(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start("train.py", *arguments_of("train", images, "--out", tmp_path / "Ä"))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "1 \\xd7 cpu" in out and "\\xc4" in out
+
+
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(call, images, tmp_path):
     process = start("train.py", *arguments_of("train", images, "--epochs", 500, "--out", tmp_path))
     while not (tmp_path / "last.pt").exists():
@@ -91,7 +99,8 @@ def test_a_read_only_out_is_one_line(call, images, pretrained, out):
 
 
 @pytest.mark.parametrize("script, how", [
-    ("train", ""), ("train", "features"), ("train", "compiled"), ("finetune", "")])
+    ("train", ""), ("train", "features"), ("train", "compiled"), ("finetune", ""),
+    ("finetune", "compiled")])
 def test_two_processes_go_on_from_what_one_began_and_train_as_one(
         call, images, pretrained, tmp_path, script, how):
     features = ["--target", "features", "--teacher", pretrained] if how == "features" else []
@@ -105,10 +114,10 @@ def test_two_processes_go_on_from_what_one_began_and_train_as_one(
         more.append("--compile")
         program = tmp_path / "compiled.py"
         program.write_text(
-            "import torch, train\nfrom support import options\n"
+            f"import torch, {script}\nfrom support import options\n"
             "compile = torch.nn.Module.compile\n"
             "torch.nn.Module.compile = lambda self, mode: compile(self, backend='aot_eager')\n"
-            "options.run(train.main)\n")
+            f"options.run({script}.main)\n")
     out = torchrun(program, *arguments_of(script, images, *more))
     assert "epoch 1/2" not in out and out.count("epoch 2/2") == 1
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):

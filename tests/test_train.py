@@ -45,7 +45,9 @@ def test_training_images_move_as_far_as_asked(call, tmp_path, monkeypatch):
     prepare = Mock(wraps=data.prepare)
     monkeypatch.setattr(data, "prepare", prepare)
     call("train", "--shift", 3, "--epochs", 1, "--out", tmp_path)
-    assert [given.args[4:] for given in prepare.call_args_list] == [(3,), ()]  # and held-out: not
+    training, held_out = (given.args for given in prepare.call_args_list)
+    assert training[4:] == (3,) and held_out[4:] == ()
+    assert len(held_out[0].labels) == 8  # of 12: no more than are drawn
 
 
 def test_mae_is_one_tap_and_teaches_hybrid_targets(call, tmp_path):
