@@ -8,12 +8,12 @@
 # pictures, and both models in half precision, about 30 MB.
 set -euo pipefail
 if [ $# != 2 ]; then echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2; exit 2; fi
-DATA=$(realpath -m "$1") OUT=$(realpath -m "$2")
-if [ "$1" = shapes ] || [ "$1" = cifar10 ]; then DATA=$1; fi
+mkdir -p "$2/kept"
+DATA=$1 OUT=$(realpath "$2")
+if [ "$DATA" != shapes ] && [ "$DATA" != cifar10 ]; then DATA=$(realpath "$DATA"); fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} EPOCHS=${EPOCHS:-400}
 RECIPE=(--preset cifar10 --data "$DATA" --compile)
-mkdir -p "$OUT/kept"
 
 keep() {  # keep RUN: what came of it
     for file in log.jsonl result.json reconstruction.png curves.png epoch-$EPOCHS.pt; do

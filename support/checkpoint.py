@@ -137,10 +137,11 @@ def load_whole(model, weights):
         if tap not in weights.config.taps or not same_heads:
             continue
         prefix = f"decoders.{weights.config.taps.index(tap)}."
-        state = {name.removeprefix(prefix): value for name, value in weights.state.items()}
+        state = {name.removeprefix(prefix): value for name, value in weights.state.items()
+                 if name.startswith(prefix)}
         state["pos_embed"] = decoder.pos_embed  # computed, of any size
         own = decoder.state_dict()
-        if all(name in state and state[name].shape == own[name].shape for name in own):
+        if state.keys() == own.keys() and all(state[n].shape == own[n].shape for n in own):
             load_weights(decoder, state, weights.name)
             taken.append(tap)
     return taken

@@ -45,6 +45,11 @@ def write_folder(path, side=8):
     return path
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """write_folder's pictures, only to be read."""
@@ -91,6 +96,11 @@ def refused(call, tmp_path):
             call(script, "--out", tmp_path / "out", *arguments)
         assert words in str(error.value) and sorted(tmp_path.rglob("*")) == before
     return run
+
+
+def scaler():
+    """A gradient scaler that scales on a CPU too. It refuses a second step without an update."""
+    return torch.amp.GradScaler("cpu", init_scale=1024.0)
 
 
 @contextlib.contextmanager

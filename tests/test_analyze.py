@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import analyze
 import finetune
 from analyze import CKA, gram_matrices, head_similarity, linear_cka, ridge_probe, unbiased_hsic
 from deepmim import Config, DeepMIM, ViT
-from support import checkpoint, data, shapes
+from support import checkpoint, data, folder, shapes
 from support.machine import Machine
 from support.options import BadInput
 
@@ -81,16 +82,6 @@ def from_batches(xs, ys, size):
     for start in range(0, len(xs[0]), size):
         cka.update([x[start : start + size] for x in xs], [y[start : start + size] for y in ys])
     return cka.value()
-
-
-def test_cka_of_one_batch_is_the_unbiased_closed_form():
-    xs, ys = pair_of_models(40)
-    found = from_batches(xs, ys, 40)
-    for i, x in enumerate(xs):
-        for j, y in enumerate(ys):
-            cross, own_x, own_y = (unbiased_hsic(gram_matrices([a]), gram_matrices([b])).item()
-                                   for a, b in ((x, y), (x, x), (y, y)))
-            assert found[i, j].item() == pytest.approx(cross / (own_x * own_y) ** 0.5)
 
 
 def test_cka_of_batches_converges_to_the_exact_value():
@@ -280,6 +271,17 @@ def test_only_held_out_images_are_looked_at(call, tmp_path):
     call("cka deep.pt", images=tmp_path / "set")
 
 
+def test_some_images_are_a_random_choice(place, monkeypatch):
+    """The first ones of a folder with classes would be of one class."""
+    seen, take = [], folder.Part.take
+    monkeypatch.setattr(folder.Part, "take", lambda part, ids: seen.append(ids) or take(part, ids))
+    args = analyze.parse(["heads", "any.pt", "--data", f"{place}/images", "--images", "8",
+                          "--workers", "0"])
+    batches = analyze.held_out_batches(args, Config(**TINY), Machine(torch.device("cpu")))
+    assert sum(map(len, batches)) == 8 and len(set(seen[0].tolist())) == 8
+    assert seen[0].tolist() != list(range(8))
+
+
 def test_encoders_of_other_files_can_be_looked_into(call, place):
     state = finetune.Classifier(Config(**TINY), 3).state_dict()
     torch.save({"config": TINY, "model": state}, place / "classifier.pt")
@@ -303,6 +305,9 @@ def test_names_in_legends():
     ("cka deep.pt other.pt", "other.pt: "), ("heads one.pt", "one has one head"),
     ("cross-cka deep.pt mae.pt --block 4", "--block: "), ("cross-cka deep.pt", "models"),
     ("attention deep.pt --block 4", "--block: "), ("attention deep.pt mae.pt", "mae.pt"),
+    ("attention deep.pt --block 0", "--block: 0 must"),
+    ("attention deep.pt --rows 0", "--rows: 0 must"),
+    ("blocks deep.pt --train-images 0", "--train-images: 0 must"),
     ("reconstruct deep.pt --teacher nowhere.pt", "nowhere.pt: no such file"),
     ("reconstruct mae.pt --teacher zero.pt", "--teacher: norm_pix is False"),
     ("reconstruct bare.pt", "bare.pt: "), ("curves images", "log.jsonl: no log of a run"),
@@ -363,13 +368,14 @@ def test_reconstruct_shows_other_targets_than_pixels(call, place):
 
 def test_the_strength_of_a_probe_is_chosen_on_training_images_alone():
     """Two features that tell the class, and 58 of noise: with few samples a penalty helps."""
-    labels = torch.arange(50) % 2
-    x, queries = normal(50, 60), normal(400, 60, seed=1)
+    labels = torch.arange(100) % 2
+    x, queries = normal(100, 60), normal(400, 60, seed=1)
     x[:, :2] += 2 * labels[:, None]
     found, strength = analyze.best_probe(x, labels, queries)
-    right = [(ridge_probe(x[:40], labels[:40], x[40:], s) == labels[40:]).sum()
+    right = [(ridge_probe(x[:80], labels[:80], x[80:], s) == labels[80:]).sum()
              for s in analyze.STRENGTHS]
     assert strength == analyze.STRENGTHS[max(range(5), key=lambda i: (right[i], -i))]
+    assert strength > analyze.STRENGTHS[0]  # which is right on all samples that it was fitted to
     assert torch.equal(found, ridge_probe(x, labels, queries, strength))
 
 
@@ -391,7 +397,10 @@ def test_blocks_command(call, place, tmp_path, monkeypatch):
     for seed in (0, 1):
         source = place / ("deep.pt" if seed else "mae.pt")
         (place / f"m-{seed}.pt").write_bytes(source.read_bytes())
+    drawn = Mock(wraps=analyze.figures.lines)
+    monkeypatch.setattr(analyze.figures, "lines", drawn)
     found = call("blocks m-0.pt m-1.pt --seeds", images="classes")
+    assert list(drawn.call_args.args[1]) == list(drawn.call_args.args[4]) == ["m"]  # with a band
     with pytest.raises(BadInput, match="--train-images: a probe needs 3"):
         call("blocks m-0.pt --train-images 2", images="classes")
     assert found["training_images"] == 60 and found["images"] == 20
@@ -408,6 +417,9 @@ def test_blocks_command(call, place, tmp_path, monkeypatch):
         assert found["models"]["m-0"]["accuracy"][block] == pytest.approx(accuracy)
         assert found["models"]["m-0"]["standard_error"][block] == pytest.approx(
             (accuracy * (1 - accuracy) / 20) ** 0.5)
+        near = finetune.nearest_neighbours(features, labels, queries, 2, 20) == wanted
+        assert found["models"]["m-0"]["nearest_neighbours"][block] == pytest.approx(
+            near.float().mean().item())
         difference, _ = found["differences"]["m-1 − m-0"][block]
         both = [found["models"][f"m-{seed}"]["accuracy"][block] for seed in (1, 0)]
         assert difference == pytest.approx(both[0] - both[1])

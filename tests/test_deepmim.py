@@ -118,18 +118,31 @@ def test_encoder_sees_the_kept_patches_in_their_order():
 
 
 def test_initialisation_is_maes_and_the_same_for_both_methods():
-    mae = tiny(taps=(4,), dim=96).encoder.state_dict()
-    for name, value in tiny(dim=96).encoder.named_parameters():
-        assert torch.equal(value, mae[name])
+    mae, model = tiny(taps=(4,), dim=96).encoder.state_dict(), tiny(dim=96, decoder_dim=96)
+    assert all(torch.equal(value, mae[name]) for name, value in model.encoder.named_parameters())
+    for name, value in model.named_parameters():
         if name.endswith("bias"):
             assert (value == 0).all()
         elif "norm" in name:
             assert (value == 1).all()
-        elif name == "cls_token":
+        elif name.endswith("token"):
             assert 0.01 < value.std() < 0.03
-        elif name != "pos_embed":
+        elif not name.endswith("pos_embed"):
             bound = math.sqrt(6 / sum(value.flatten(1).shape))
             assert 0.97 * bound < value.abs().max() <= bound, name
+
+
+def test_norms_have_maes_epsilon():
+    norms = [module for module in tiny().modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert {norm.eps for norm in norms} == {1e-6}
+
+
+def test_tokens_have_the_precision_of_the_stream():
+    assert tiny().encoder.embed(IMAGES, IDS_KEEP).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tiny().encoder.embed(IMAGES, IDS_KEEP).dtype == torch.bfloat16
+        elsewhere = torch.zeros(1, device="meta")
+        assert deepmim.in_stream_precision(elsewhere).dtype == torch.float32
 
 
 def in_maes_form(decoder, tokens):

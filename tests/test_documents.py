@@ -82,6 +82,14 @@ def run(place, monkeypatch):
     return lambda script, arguments: MAINS[script]([*arguments, *smallest(script, arguments)])
 
 
+@pytest.mark.parametrize("document", [*DOCUMENTS, "study/recipe.md"])
+def test_every_command_has_options_that_exist(document):
+    scripts = {"train.py": train, "finetune.py": finetune, "analyze.py": analyze}
+    for script, arguments in commands(document):
+        if script in scripts and not {"…", "$AS", "$TUNE"} & set(arguments):
+            scripts[script].parse(["1" if word == "K" else word for word in arguments])
+
+
 @pytest.mark.parametrize("document", ["README.md", "support/README.md", "course/TUTORIAL.md"])
 def test_every_command_works(run, document):
     if document == "support/README.md":

@@ -10,8 +10,8 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from deepmim import PixelTargets, patchify, random_masking
-from support import figures
+from deepmim import DeepMIM, PixelTargets, patchify, random_masking
+from support import data, figures
 from support.optimizer import randomness
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=randomness("images"))
@@ -26,6 +26,15 @@ def test_paint_puts_predictions_at_hidden_places_only(norm_pix):
     wrong = figures.paint(perfect + 1, IMAGES, IDS_HIDE, 2, norm_pix)
     changed = (patchify(wrong, 2) - patchify(IMAGES, 2)).abs().amin(dim=2) > 1e-3
     assert torch.equal(changed, torch.zeros(2, 16, dtype=torch.bool).scatter(1, IDS_HIDE, True))
+
+
+def test_what_is_hidden_has_the_mean_colour_in_the_picture():
+    output = DeepMIM(TINY)(IMAGES, torch.rand(2, 16))
+    columns = figures.reconstructions(TINY, IMAGES, output, PixelTargets(TINY))
+    hidden = torch.zeros(2, 16, dtype=torch.bool).scatter(1, output.ids_hide, True)
+    seen, whole = (patchify(columns[name], 2) for name in ("visible", "image"))
+    assert torch.equal(seen[~hidden], whole[~hidden])
+    torch.testing.assert_close(seen[hidden], data.MEAN.repeat(4).expand(24, -1))
 
 
 def test_glow_keeps_the_brightest_place_and_darkens_the_rest():

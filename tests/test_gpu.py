@@ -39,6 +39,8 @@ def test_mixed_precision_trains_about_as_float32(call, monkeypatch, tmp_path, dt
     monkeypatch.setattr(machine, "mixed_precision", lambda device: dtype)
     call("train", *how, tmp_path / "mixed")
     assert_alike(tmp_path / "mixed", tmp_path / "exact", 2e-2)
+    mixed, exact = log(tmp_path / "mixed"), log(tmp_path / "exact")
+    assert mixed[0]["losses"] != exact[0]["losses"]
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -232,15 +232,19 @@ def test_a_function_is_read_as_python_reads_it(monkeypatch, student):
 
 
 @pytest.mark.slow
-def test_what_loops_for_ever_or_does_not_import_costs_its_points(few, student):
+def test_what_loops_for_ever_or_does_not_import_costs_its_points(few, student, monkeypatch):
     text = (student / "deepmim.py").read_text()
     endless = "    while True:\n        pass\n    return rearrange(images,"
     (student / "deepmim.py").write_text(text.replace("    return rearrange(images,", endless, 1))
     (student / "analyze.py").write_text("def linear_cka(x, y:\n")
-    found, content = points(student, "--seconds", "25")
-    assert found["patchify"] == (0, "not done after 25 s")
+    chosen = handout.EXERCISES
+    monkeypatch.setattr(handout, "EXERCISES", chosen[:1])
+    assert points(student, "--seconds", "3")[0]["patchify"] == (0, "not done after 3 s")
+    monkeypatch.setattr(handout, "EXERCISES", chosen[1:])
+    found, content = points(student)
     assert found["attention_map"] == (1, "passed") and content["points"] == 1
     assert found["linear_cka"][1].startswith("analyze.py is no Python")
+    monkeypatch.setattr(handout, "EXERCISES", chosen)
     (student / "analyze.py").unlink()
     (student / "deepmim.py").write_text("import torch\n")
     found, content = points(student)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import finetune
+import train
 from support import machine
 from support.options import BadInput
 
@@ -28,11 +29,15 @@ def test_where_nothing_is_trained_no_batch_has_to_divide(call, pretrained, tmp_p
     assert machine.start(*begin.call_args.args).world == 5
 
 
-def test_too_few_gpus_are_said_by_the_process_that_speaks(monkeypatch):
+def test_each_process_has_its_own_gpu_or_all_say_that_there_are_too_few(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda rank: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     assert machine.find_device() == torch.device("cuda", 0)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert machine.find_device() == torch.device("cuda", 1) and chosen == [1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(BadInput, match="no cuda device for each of 3 processes"):
         machine.find_device()
@@ -48,3 +53,30 @@ def test_bfloat16_is_for_hardware_that_computes_in_it(monkeypatch, fast, abiliti
     assert machine.mixed_precision(torch.device("cuda")) == on_gpu
     scaler = machine.Machine(CPU, dtype=on_gpu).grad_scaler()
     assert scaler.is_enabled() == (on_gpu == torch.float16)
+
+
+@pytest.mark.parametrize("script, model", [
+    ("train", train.DeepMIM), ("finetune", finetune.Classifier)])
+def test_models_run_in_mixed_precision_unless_told_not_to(
+        call, tmp_path, monkeypatch, script, model):
+    forward, seen = model.forward, set()
+
+    def watched(self, *given):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return forward(self, *given)
+
+    monkeypatch.setattr(machine, "mixed_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(model, "forward", watched)
+    for more, expected in (([], {True}), (["--no-amp"], {False})):
+        seen.clear()
+        call(script, "--epochs", 1, *more, "--out", tmp_path / f"{len(more)}")
+        assert seen == expected
+
+
+def test_a_compiled_step_is_replayed_on_one_gpu_alone(monkeypatch):
+    modes, model = [], torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
+    for device, compiled, replay in (("cuda", True, True), ("cuda", True, False),
+                                     ("cpu", True, True), ("cuda", False, True)):
+        machine.distribute(model, machine.Machine(torch.device(device)), compiled, replay)
+    assert modes == ["reduce-overhead", None, None]

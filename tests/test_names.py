@@ -11,7 +11,7 @@ from test_checkpoint import mae_state, perturbed
 
 from deepmim import DeepMIM, ViT
 from finetune import Classifier
-from support import checkpoint
+from support import checkpoint, names
 from support.options import BadInput
 
 MAE = replace(TINY, taps=(3,), decoder_dim=16, decoder_heads=16, decoder_depth=2)
@@ -46,6 +46,32 @@ def test_an_mae_of_hugging_face_becomes_a_model(hugging_face, tmp_path, how):
     torch.testing.assert_close(output.loss, expected.loss, atol=1e-4, rtol=1e-4)
     hidden = expected.logits.gather(1, output.ids_hide[:, :, None].expand(-1, -1, 12))
     torch.testing.assert_close(output.predictions[0], hidden, atol=1e-4, rtol=1e-4)
+
+
+HUGGING_FACE = {  # names in files, and of transformers 5 → ours
+    "vit.embeddings.cls_token": "encoder.cls_token",
+    "vit.embeddings.position_embeddings": "encoder.pos_embed",
+    "vit.embeddings.patch_embeddings.projection.bias": "encoder.patch_embed.proj.bias",
+    "vit.encoder.layer.0.attention.output.dense.bias": "encoder.blocks.0.attn.proj.bias",
+    "vit.layers.1.attention.o_proj.bias": "encoder.blocks.1.attn.proj.bias",
+    "vit.encoder.layer.0.intermediate.dense.bias": "encoder.blocks.0.mlp.fc1.bias",
+    "vit.encoder.layer.0.output.dense.bias": "encoder.blocks.0.mlp.fc2.bias",
+    "vit.encoder.layer.0.layernorm_before.bias": "encoder.blocks.0.norm1.bias",
+    "vit.encoder.layer.0.layernorm_after.bias": "encoder.blocks.0.norm2.bias",
+    "vit.layernorm.bias": "encoder.norm.bias", "classifier.bias": "encoder.head.bias",
+    "decoder.mask_token": "decoders.0.mask_token",
+    "decoder.decoder_pos_embed": "decoders.0.pos_embed",
+    "decoder.decoder_embed.bias": "decoders.0.embed.bias",
+    "decoder.decoder_pred.bias": "decoders.0.pred.bias",
+    "decoder.decoder_layers.1.intermediate.dense.bias": "decoders.0.blocks.1.mlp.fc1.bias"}
+
+
+def test_names_of_hugging_face_are_translated_and_q_k_and_v_joined():
+    parts = {f"vit.encoder.layer.0.attention.attention.{name}.weight": torch.full((1, 2), i)
+             for i, name in enumerate(("query", "key", "value"))}
+    found = names.to_ours({**dict.fromkeys(HUGGING_FACE, torch.zeros(1)), **parts}, "file")
+    assert found.pop("encoder.blocks.0.attn.qkv.weight").tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert found.keys() == set(HUGGING_FACE.values())
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
@@ -90,6 +116,8 @@ def test_a_model_of_ours_becomes_maes_and_comes_back(tmp_path, monkeypatch):
     model = perturbed(DeepMIM(replace(TINY, decoder_dim=16, decoder_heads=16)))
     torch.save({"config": vars(model.config), "model": model.state_dict()}, tmp_path / "model.pt")
     checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/mae.pth", "--to", "mae"])
+    one = replace(model.config, taps=(3,))
+    assert checkpoint.read(tmp_path / "mae.pth")["model"].keys() == mae_state(DeepMIM(one)).keys()
     back = checkpoint.load_frozen(tmp_path / "mae.pth", decoders=True, heads=2)
     assert torch.equal(back(IMAGES, NOISE).losses[0], model(IMAGES, NOISE).losses[-1])
     torch.save({"config": vars(TINY), "model": Classifier(TINY, 5).state_dict()},

@@ -23,12 +23,12 @@ def test_the_rate_is_a_line_for_a_tenth_unless_told_then_half_a_cosine(warmup_ep
 def test_matrices_decay_those_of_blocks_by_muon_and_fixed_positions_are_not_trained(name):
     model = DeepMIM(TINY)
     made = optimizer.make_optimizers(
-        model, name, 0.1, 0.9, torch.float32, lambda n: 1 if n.startswith("enc") else 0.25)
+        model, name, 0.1, 0.7, torch.float32, lambda n: 1 if n.startswith("enc") else 0.25)
     optimizer.set_lr(made, 2.0)
     found = {}
     for each in made:
         for group in each.param_groups:
-            assert isinstance(each, optimizer.Muon) or group["betas"] == (0.9, 0.9)
+            assert isinstance(each, optimizer.Muon) or group["betas"] == (0.9, 0.7)
             for parameter in group["params"]:
                 assert id(parameter) not in found
                 found[id(parameter)] = (

@@ -46,6 +46,41 @@ def test_a_linear_probe_has_a_rate_of_its_own(arguments, expected):
     assert args.lr == pytest.approx(expected) and args.optimizer == "adamw"
 
 
+def test_defaults_are_the_papers_and_imagenet_is_maes_recipe():
+    """ViT-B/16, and PRETRAIN.md and FINETUNE.md of MAE's code."""
+    assert vars(Config()) == dict(
+        image_size=224, patch_size=16, channels=3, dim=768, depth=12, heads=12, decoder_dim=512,
+        decoder_depth=4, decoder_heads=16, taps=(6, 8, 10, 12), mask_ratio=0.75, norm_pix=True,
+        target_dim=None)
+    asked = ["--preset", "imagenet", "--data", "DIR"]
+    args, shared = vars(train.parse(asked)), dict(optimizer="adamw", weight_decay=0.05)
+    recipe = dict(batch_size=4096, epochs=800, warmup_epochs=40, beta2=0.95, norm_pix=True)
+    assert args.items() >= {**shared, **recipe}.items()
+    assert args["lr"] == pytest.approx(1.5e-4 * 4096 / 256)
+    args = vars(finetune.parse([*asked, "--scratch"]))
+    recipe = dict(batch_size=1024, epochs=100, warmup_epochs=5, beta2=0.999, layer_decay=0.65,
+                  drop_path=0.1, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25)
+    assert args.items() >= {**shared, **recipe}.items()
+    assert args["lr"] == pytest.approx(5e-4 * 1024 / 256)
+
+
+@pytest.mark.parametrize("script, module", [("train", train), ("finetune", finetune)])
+def test_options_reach_the_optimizer_and_the_first_weights(
+        call, tmp_path, monkeypatch, script, module):
+    begun, made = Mock(side_effect=KeyboardInterrupt), Mock(wraps=module.make_optimizers)
+    monkeypatch.setattr(module, "train_epoch", begun)
+    monkeypatch.setattr(module, "make_optimizers", made)
+    for seed in (1, 1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            call(script, "--optimizer", "adamw", "--lr", 1e-3, "--weight-decay", 0.3,
+                 "--beta2", 0.7, "--seed", seed, "--out", tmp_path)
+    assert made.call_args.args[1:4] == ("adamw", 0.3, 0.7)
+    first, again, other = (given.args[0].state_dict()["encoder.blocks.0.mlp.fc1.weight"]
+                           for given in begun.call_args_list)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert script == "finetune" or begun.call_args.args[-1] == 2  # of order, images and masks
+
+
 @pytest.mark.parametrize("out", ["shapes/first", "cifar10/x"])
 def test_a_run_may_lie_in_a_folder_that_is_called_like_built_in_data(out):
     for name in ("shapes", "cifar10"):
@@ -111,7 +146,8 @@ BOTH = [
     "--workers -1", "--batch-size 0", "--batch-size 2.5", "--seed -1",
     "--batch-size 19 → 19 is more than the 18", f"--seed {2**64}", "--limit 0",
     "--limit 19 → --limit: 19 is more than", "--accumulate 0", "--accumulate 4 → --accumulate 4",
-    "--beta2 1 → --beta2: 1.0 must be", "--weight-decay -1", "--warmup-epochs 2 → must be below",
+    "--beta2 1 → --beta2: 1.0 must be", "--weight-decay -1", "--shift 31",
+    "--warmup-epochs -1", "--warmup-epochs 2 → must be below",
     "--preset cifar11", "--preset", "--device tpu", "--device cuda → no cuda device", "--nonsense",
     "--epoch 3 → --epoch", "--data nowhere → 'nowhere' is neither", "--data FILE → --data",
     "--out FILE", "--out FILE/run", "--out DATA/train/run → lies in --data",
@@ -151,7 +187,7 @@ TRAIN = [
     "--target features --teacher MODEL --teacher-blocks 0 → blocks: 0",
     "--target features --teacher NAN → NaN", "--target hybrid --method mae --teacher MODEL",
     "--target features --teacher OTHER → OTHER", "--target features --teacher nowhere.pt → no such",
-    "--teacher TUNED → TUNED: "]
+    "--keep-every 0"]
 FINETUNE = [
     "--init MODEL --scratch → not allowed with", "--init MODEL --patch-size 4 → --patch-size",
     "--init MODEL --dim 32 → --dim: MODEL has 16", "--init MODEL --heads 4 → --heads: MODEL has 2",
@@ -165,6 +201,7 @@ FINETUNE = [
     "--init TUNED --eval → TUNED: encoder.cls_token holds NaN", "--init FILE --eval → not a check",
     "--hold-out 1", "--pool max", "--erasing 1", "--randaugment 31", "--mixup -1",
     "--layer-decay 0", "--drop-path 1", "--smoothing 1", "--classes 3", "--taps 3",
+    "--keep-blocks 0", "--cutmix -1",
     "--eval --predict DATA → not allowed with", "--init MODEL --predict DATA → no classifier",
     "--linear-probe --batch-size 1 → --batch-size: a linear probe's batch norm",
     "--data DATA/train/cat → has no classes", "--data ONE --batch-size 1 → has no classes"]

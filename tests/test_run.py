@@ -18,6 +18,7 @@ from support.optimizer import make_schedule
 from support.options import BadInput, RunFailed
 from support.run import Run
 
+CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("error, raised", [
     (OSError(28, "No space left on device"), RunFailed), (KeyboardInterrupt(), KeyboardInterrupt)])
@@ -70,6 +71,10 @@ def test_a_run_cut_before_any_write_goes_on_to_the_same_weights(tmp_path, monkey
             assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
         shutil.rmtree(tmp_path / "cut")
     assert log(tmp_path / "whole") == [{"epoch": n, "loss": 0.5, "seconds": 1.5} for n in (1, 2)]
+    assert json.loads((tmp_path / "whole" / "result.json").read_text())["seconds"] == 3
+    for name in ("out", "device", "workers", "accumulate", "compile", "preset", "log",
+                 "keep_every"):  # change no weight
+        Run(tmp_path / "whole", {"lr": 0.1, "workers": 0, name: "other"}, Machine(CPU))
 
 
 @pytest.mark.parametrize("place", ["0.bias", "loss"])
@@ -221,14 +226,15 @@ def test_tensorboard_gets_the_log_and_the_picture(call, tmp_path, monkeypatch):
     call("train", "--out", tmp_path / "run", "--log", "tensorboard", draw=True)
     monkeypatch.setattr(train, "draw_reconstructions", lambda *_: None)
     shutil.copy(tmp_path / "run" / "reconstruction.png", tmp_path)
-    call("train", "--out", tmp_path, "--log", "tensorboard", "--epochs", 41)  # few have one
+    monkeypatch.setattr(Run, "draws_now", lambda run: len(run.history) == 2)
+    call("train", "--out", tmp_path, "--log", "tensorboard", "--epochs", 3)
     scalars = {(name, step): value for name, value, step in
                [given.args for given in said.add_scalar.call_args_list]}
     for line in log(tmp_path):
         assert scalars["loss", line["epoch"]] == line["loss"]
         assert scalars["loss after block 2", line["epoch"]] == line["losses"]["2"]
     name, picture, step = said.add_image.call_args.args
-    assert name == "reconstruction.png" and picture.shape[0] == 3 and step == 41
+    assert name == "reconstruction.png" and picture.shape[0] == 3 and step == 2
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BadInput, match="--log tensorboard: pip install tensorboard"):
         call("train", "--out", tmp_path / "none", "--log", "tensorboard")

@@ -116,10 +116,12 @@ def test_two_processes_go_on_from_what_one_began_and_train_as_one(
         program.write_text(
             f"import torch, {script}\nfrom support import options\n"
             "compile = torch.nn.Module.compile\n"
-            "torch.nn.Module.compile = lambda self, mode: compile(self, backend='aot_eager')\n"
+            "torch.nn.Module.compile = lambda self, mode: (\n"
+            "    print('COMPILED'), compile(self, backend='aot_eager'))\n"
             f"options.run({script}.main)\n")
     out = torchrun(program, *arguments_of(script, images, *more))
     assert "epoch 1/2" not in out and out.count("epoch 2/2") == 1
+    assert out.count("COMPILED") == (2 if how == "compiled" else 0)
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         for name in one.keys() & {"loss", "train_loss", "val_loss"}:
             assert one[name] == pytest.approx(two[name], rel=1e-4)
@@ -180,11 +182,27 @@ def test_no_file_is_executed(folder):
             assert called != "torch.load" or "weights_only=True" in ast.unparse(node)
 
 
+@pytest.mark.parametrize("path", [HERE / "deepmim.py", *sorted((HERE / "support").glob("*.py"))],
+                         ids=lambda path: path.name)
+def test_imports_run_one_way(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+    assert not found & {"train", "finetune", "analyze", "course", "study", "benchmarks"}
+    if path.name == "deepmim.py":
+        assert found <= {"math", "collections", "dataclasses", "typing", "torch", "einops"}
+
+
 @SCRIPTS
 def test_nothing_is_written_outside_out_and_nothing_fetched(call, images, tmp_path, script):
-    seen, writing = [], os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    seen, writing, watching = [], os.O_WRONLY | os.O_RDWR | os.O_CREAT, [True]
 
     def watch(event, given):
+        if not watching:  # a hook can't be taken off
+            return
         if event == "open" and isinstance(given[0], str) and (given[2] or 0) & writing:
             seen.append(given[0])
         elif event in ("os.mkdir", "os.remove", "os.symlink", "os.link", "os.rename"):
@@ -193,7 +211,10 @@ def test_nothing_is_written_outside_out_and_nothing_fetched(call, images, tmp_pa
             seen.append(event)
 
     sys.addaudithook(watch)
-    call(script, "--out", tmp_path / "out", draw=True)
-    watched = list(seen)
-    assert f"{tmp_path}/out" in watched
-    assert not [place for place in watched if not place.startswith(f"{tmp_path}/out")]
+    try:
+        call(script, "--out", tmp_path / "out", draw=True)
+    finally:
+        watching.clear()
+    assert f"{tmp_path}/out" in seen
+    assert not [place for place in seen if not place.startswith(f"{tmp_path}/out")
+                and "__pycache__" not in place]

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_hog_targets_of_stripes_and_of_nothing():
     assert flat.abs().max() == 0
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 3])
 def test_feature_targets_are_normalised_tokens_of_the_whole_image(blocks):
     torch.manual_seed(1)
     encoder = ViT(replace(TINY, dim=24, heads=3))
@@ -104,6 +105,8 @@ def test_feature_targets_are_normalised_tokens_of_the_whole_image(blocks):
         torch.testing.assert_close(
             found[1][image].double(), expected[image, IDS_HIDE[image]], atol=1e-5, rtol=1e-4)
         assert not found[1].requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert targets(IMAGES, IDS_KEEP, IDS_HIDE)[0].dtype == torch.float32
 
 
 def test_a_teacher_of_larger_images_sees_them_resized():
@@ -199,6 +202,30 @@ def test_timm_is_asked_for_only_where_it_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(BadInput, match="needs timm; pip install timm"):
         teacher.load_encoder("timm:vit_tiny_patch16_224", TINY, CPU)
+
+
+def test_a_model_of_timm_is_pretrained_frozen_and_sees_its_own_colours(monkeypatch):
+    asked, seen = [], []
+    wanted = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "input_size": (3, 8, 8)}
+
+    class Model(torch.nn.Module):
+        def forward_intermediates(self, x, **how):
+            assert how == {"output_fmt": "NCHW", "intermediates_only": True}
+            seen.append((x, self.training))
+            return [x[:, :2], x.repeat(1, 2, 1, 1), x.repeat(1, 2, 1, 1)]  # 2, 6 and 6 wide
+
+    timm = SimpleNamespace(
+        create_model=lambda name, **how: asked.append((name, how)) or Model(),
+        data=SimpleNamespace(resolve_model_data_config=lambda model: wanted))
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    encoder = teacher.load_encoder("timm:any", TINY, CPU)
+    tokens = encoder.forward_intermediates(IMAGES)
+    assert asked == [("any", {"pretrained": True, "num_classes": 0})] and encoder.config.depth == 2
+    x, training = seen[-1]
+    pixels = (IMAGES * data.STD[:, None, None] + data.MEAN[:, None, None]).clamp(0, 1)
+    expected = v2.functional.normalize(pixels, list(wanted["mean"]), list(wanted["std"]))
+    torch.testing.assert_close(x, expected)
+    assert not training and [one.shape for one in tokens] == [(3, 17, 6)] * 2
 
 
 @WITH_TIMM

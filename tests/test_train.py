@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, differing, log, weights
+from conftest import TINY, differing, log, scaler, weights
 from PIL import Image
 
 import train
@@ -33,12 +33,12 @@ def test_a_run_leaves_model_log_result_and_picture(call, images, tmp_path):
     assert Image.open(tmp_path / "reconstruction.png").size[1] > 1000  # eight pictures high
 
 
-def test_a_long_run_draws_a_twentieth_of_its_epochs_and_the_last(call, monkeypatch, tmp_path):
+def test_pictures_are_drawn_when_the_run_says_so(call, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(train, "draw_reconstructions", lambda *given: drawn.append(given[-1]))
-    call("train", "--epochs", 60, "--out", tmp_path)
-    epochs = [int(title.split("/")[0].removeprefix("epoch ")) for title in drawn]
-    assert epochs == [*range(1, 60, 3), 60]
+    monkeypatch.setattr(Run, "draws_now", lambda run: len(run.history) == 2)
+    call("train", "--epochs", 3, "--out", tmp_path)
+    assert len(drawn) == 1 and drawn[0].startswith("epoch 2/3  last decoder's training loss")
 
 
 def test_training_images_move_as_far_as_asked(call, tmp_path, monkeypatch):
@@ -70,9 +70,9 @@ def test_init_starts_from_that_model(call, pretrained, tmp_path):
             torch.testing.assert_close(given[name], found[name])
 
 
-def one_step(accumulate):
-    """A step of plain gradient descent with lr 1 through train_epoch, in all processes there are:
-    (losses (taps,), {name: the step, which is the gradient})."""
+def one_step(accumulate, batch=16, lr=1.0):
+    """An epoch of 16 images by plain gradient descent, in all processes there are: (losses (taps,),
+    {name: how far it went, in one step with lr 1 the gradient})."""
     here = machine.start("cpu", False, 16, accumulate)
     images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, here.device, 4)
     torch.manual_seed(0)
@@ -81,8 +81,8 @@ def one_step(accumulate):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = [torch.optim.SGD([{"params": trained, "lr_scale": 1.0}])]
     losses, _ = train.train_epoch(
-        machine.distribute(model, here), PixelTargets(TINY), images, optimizers, here.grad_scaler(),
-        lambda step: 1.0, 0, TINY, here, 16, accumulate, 0)
+        machine.distribute(model, here), PixelTargets(TINY), images, optimizers, scaler(),
+        lambda step: lr, 3, TINY, here, batch, accumulate, 5)
     return losses, {name: before[name] - p.detach() for name, p in model.named_parameters()}
 
 
@@ -91,8 +91,8 @@ def assert_step_of_the_whole_batch(losses, gradients):
     torch.manual_seed(0)
     model = DeepMIM(TINY)
     images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, "cpu", 4)
-    batch, _ = next(images.batches(data.epoch_order(16, 16, 0, 0), (0, 0)))
-    output = model(batch, torch.rand(16, 16, generator=randomness(0, "mask", 0, 0)))
+    batch, _ = next(images.batches(data.epoch_order(16, 16, 5, 3), (5, 3)))
+    output = model(batch, torch.rand(16, 16, generator=randomness(5, "mask", 3, 0)))
     output.loss.backward()
     torch.testing.assert_close(losses, output.losses.detach(), atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
@@ -103,6 +103,17 @@ def assert_step_of_the_whole_batch(losses, gradients):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_masks_and_images_do_not_depend_on_the_number_of_parts(accumulate):
     assert_step_of_the_whole_batch(*one_step(accumulate))
+
+
+def test_each_step_has_masks_of_its_own_and_the_loss_is_their_mean():
+    losses, _ = one_step(1, batch=8, lr=0.0)
+    torch.manual_seed(0)
+    model, expected = DeepMIM(TINY), []
+    images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, "cpu", 4)
+    for step, (batch, _) in enumerate(images.batches(data.epoch_order(16, 8, 5, 3), (5, 3))):
+        noise = torch.rand(8, 16, generator=randomness(5, "mask", 3, step))
+        expected.append(model(batch, noise).losses.detach())
+    torch.testing.assert_close(losses, (expected[0] + expected[1]) / 2)
 
 
 def test_models_of_some_epochs_are_kept_in_half_precision(call, tmp_path):
