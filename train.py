@@ -151,7 +151,7 @@ def main(argv=None):
                                 value_range=args.value_range)
     images = data.prepare(train, config, machine, args.workers, args.shift)
     n = len(held_out.labels)
-    few = torch.arange(min(8, n)) * (n // min(8, n))  # to draw
+    few = torch.arange(min(8, n)) * (n // min(8, n))  # only these are drawn; files lie by class
     held_out = data.prepare(held_out.take(few), config, machine)
     if args.init:
         weights = checkpoint.read_model(args.init, args.heads)

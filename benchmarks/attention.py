@@ -41,7 +41,8 @@ def main(argv=None):
             row = {"attention": name, "size": size, "precision": str(dtype).removeprefix("torch.")}
             for way, spent in seconds.items():
                 row[f"{way}_ms"] = round(1000 * statistics.median(spent), 2)
-            rows.append({**row, "formula_over_fused": common.ratio(*reversed(seconds.values()))})
+            row["formula_over_fused"] = common.ratio(seconds["formula"], seconds["fused"])
+            rows.append(row)
     common.finish("attention", args, common.table("Attention, forward and backward", rows))
 
 

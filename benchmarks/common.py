@@ -1,5 +1,6 @@
 """What the benchmarks share: options, turns and ratios, a process apart, tables and JSON."""
 
+import contextlib
 import multiprocessing
 import os
 import platform
@@ -7,14 +8,18 @@ import statistics
 import time
 from argparse import BooleanOptionalAction
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import torchvision
 
 from deepmim import SIZES
+from support.machine import find_device, mixed_precision
 from support.options import Parser
 from support.run import make_directory, write_json
+
+PACKAGES = "transformers", "vit-pytorch", "lightly", "timm", "torch-cka", "pytorch-cka"
 
 
 def parser(description, rounds=None, sizes=None):
@@ -93,6 +98,12 @@ def finish(name, args, results):
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "torchvision": torchvision.__version__}
+    if "amp" in args:  # what a step ran in
+        dtype = mixed_precision(find_device(args.device)) if args.amp else torch.float32
+        conditions["precision"] = str(dtype).removeprefix("torch.")
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            conditions[package] = version(package)
     print("\n" + ", ".join(f"{key} {value}" for key, value in conditions.items()))
     if args.out:
         make_directory(args.out)

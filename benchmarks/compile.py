@@ -3,8 +3,9 @@
     python -m benchmarks.compile [--sizes base --batch-size 8] [--out benchmarks/results]
 
 A step is that of benchmarks.pretrain. The start is how much longer the first step takes than a
-later one: compiling happens in it, with an empty cache, as after an update of torch. vit-pytorch's
-MAE, the fastest of the peers, is compiled too where it is installed.
+later one: compiling happens in it. The cache is empty at first, as after an update of torch, but
+later contestants find some kernels of earlier ones. vit-pytorch's MAE, the fastest of the peers, is
+compiled too where it is installed.
 """
 
 import functools

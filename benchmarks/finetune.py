@@ -96,7 +96,7 @@ def compare(size, batch_size, rounds, machine):
             row[f"{name}_seconds"] = round(statistics.median(spent) / STEPS, 4)
             row[f"{name}_over_all"] = common.ratio(spent, seconds[name, config.depth])
         if timm:
-            row["timm_over_ours"] = common.ratio(spent, seconds["ours", blocks])
+            row["timm_over_ours"] = common.ratio(seconds["timm", blocks], seconds["ours", blocks])
         rows.append(row)
     title = f"{size}, {machine}, batch {batch_size}, median of {rounds} rounds of {STEPS} steps"
     return common.table(title, rows)

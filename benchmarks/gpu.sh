@@ -8,9 +8,12 @@
 # pictures, and both models in half precision, about 30 MB.
 set -euo pipefail
 if [ $# != 2 ]; then echo "usage: bash benchmarks/gpu.sh DATA OUT" >&2; exit 2; fi
+DATA=$1
+if [ "$DATA" != shapes ] && [ "$DATA" != cifar10 ]; then
+    DATA=$(CDPATH='' cd "$DATA" && pwd -P)
+fi
 mkdir -p "$2/kept"
-DATA=$1 OUT=$(realpath "$2")
-if [ "$DATA" != shapes ] && [ "$DATA" != cifar10 ]; then DATA=$(realpath "$DATA"); fi
+OUT=$(CDPATH='' cd "$2" && pwd -P)
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python} EPOCHS=${EPOCHS:-400}
 RECIPE=(--preset cifar10 --data "$DATA" --compile)
@@ -23,18 +26,18 @@ keep() {  # keep RUN: what came of it
 
 for what in pretrain compile optimizer; do
     if [ ! -e "$OUT/kept/$what.json" ]; then
-        $PYTHON -m benchmarks.$what --sizes tiny --batch-size 1024 --out "$OUT/kept" \
+        "$PYTHON" -m benchmarks.$what --sizes tiny --batch-size 1024 --out "$OUT/kept" \
             || echo "$what failed" >&2
     fi
 done
 for method in mae deepmim; do
-    $PYTHON train.py "${RECIPE[@]}" --method $method --epochs "$EPOCHS" --keep-every "$EPOCHS" \
+    "$PYTHON" train.py "${RECIPE[@]}" --method $method --epochs "$EPOCHS" --keep-every "$EPOCHS" \
         --out "$OUT/$method"
     keep $method
 done
 for method in mae deepmim; do
-    $PYTHON finetune.py "${RECIPE[@]}" --init "$OUT/$method/model.pt" --out "$OUT/$method-tuned"
+    "$PYTHON" finetune.py "${RECIPE[@]}" --init "$OUT/$method/model.pt" --out "$OUT/$method-tuned"
     keep $method-tuned
 done
-$PYTHON analyze.py blocks "$OUT/mae/model.pt" "$OUT/deepmim/model.pt" --data "$DATA" \
+"$PYTHON" analyze.py blocks "$OUT/mae/model.pt" "$OUT/deepmim/model.pt" --data "$DATA" \
     --out "$OUT/kept"

@@ -22,6 +22,7 @@ import train
 from analyze import ridge_probe
 from benchmarks import common, pretrain
 from deepmim import Config, DeepMIM
+from finetune import all_features
 from support import checkpoint, data, optimizer, options, shapes
 from support.machine import start
 from support.optimizer import randomness
@@ -131,25 +132,21 @@ def cost(arm, machine):
 @torch.no_grad()
 def judge(model, parts, machine):
     """The last decoder's loss on held-out images, and the accuracy of a probe of some blocks."""
-    images, held_out = (data.prepare(part, model.config, machine) for part in parts)
-    generator, losses, features = randomness("recipe", "masks"), [], []
-    everything = torch.arange(len(held_out)).split(250)
-    for batch, _ in held_out.batches(everything):
+    half = parts[0].take(torch.arange(0, len(parts[0].labels), 2))
+    images, held_out = (data.prepare(part, model.config, machine) for part in (half, parts[1]))
+    generator, losses = randomness("recipe", "masks"), []
+    for batch, _ in held_out.batches(torch.arange(len(held_out)).split(250)):
         noise = torch.rand(len(batch), model.config.patches, generator=generator)
         with machine.autocast():
             losses.append(model(batch, noise).losses[-1])
-    for part, chunks in ((images, torch.arange(0, len(images), 2).split(250)),
-                         (held_out, everything)):
-        rows = []
-        for batch, labels in part.batches(chunks):
-            with machine.autocast():
-                outputs = model.encoder.forward_intermediates(batch)
-            means = [outputs[block - 1][:, 1:].float().mean(dim=1) for block in BLOCKS]
-            rows.append((torch.stack(means), labels))                       # (blocks, B, D), (B,)
-        features += [torch.cat([x for x, _ in rows], dim=1), torch.cat([y for _, y in rows])]
-    xs, labels, queries, wanted = features
+    def features(batch):
+        with machine.autocast():
+            outputs = model.encoder.forward_intermediates(batch)           # depth × (B, 1 + N, D)
+        return torch.stack([outputs[b - 1][:, 1:].float().mean(dim=1) for b in BLOCKS], dim=1)
+    xs, labels = all_features(features, images)                            # (n, blocks, D), (n,)
+    queries, wanted = all_features(features, held_out)
     figures = {"loss": round(torch.stack(losses).mean().item(), 4)}
-    for block, x, asked in zip(BLOCKS, xs, queries):
+    for block, x, asked in zip(BLOCKS, xs.unbind(dim=1), queries.unbind(dim=1)):
         right = ridge_probe(x, labels, asked, 0.01) == wanted
         figures[f"block_{block}"] = round(100 * right.float().mean().item(), 2)
     return figures
@@ -165,7 +162,7 @@ def run(arm, machine):
     for name, value in settings.items():
         setattr(optimizer, name, float(value))
     command = ["--epochs", str(epochs), "--limit", str(limit), *words, "--data", "held-out",
-               "--no-resume", "--out", f"runs/recipe/{arm}"]
+               "--device", "cpu", "--no-resume", "--out", f"runs/recipe/{arm}"]  # as for its cost
     args = train.parse(command)
     train.main(command)
     content = checkpoint.read(f"{args.out}/model.pt")
@@ -182,6 +179,7 @@ def main(argv=None):
     """Run arms, or show the table."""
     parser = options.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("data", help="as train.py's --data, with classes")
+    # argparse checks the default of "*", [], against the choices too
     parser.add_argument("arms", nargs="*", choices=[*ARMS, []], help="at most those of an evening")
     parser.add_argument("--table", action="store_true", help="print what was found")
     args = parser.parse(argv)

@@ -92,8 +92,10 @@ def of_analyses(root):
     """Yield the same of what analyze.py wrote."""
     keys = {"blocks": "models", "cka": "models", "heads": "attention maps", "cross-cka": "curves"}
     for path in sorted(root.glob("**/*.json")):
+        if path.stem not in keys:
+            continue
         content = read(path)
-        if path.stem not in keys or content.get("command") != path.stem:
+        if content.get("command") != path.stem:
             continue
         for model, found in zip(map(Path, content["from"]), content[keys[path.stem]].values()):
             arm, _, seed = model.parent.name.rpartition("-")
@@ -189,11 +191,13 @@ def draw(found, out):
             base, comma, rest = arm.partition(",")
             if len(xs) > 1 and base in ARMS:  # the ablation has its table
                 name = ARMS[base] + comma + rest
+                if len(values[0]) > 1 and not rest:
+                    name += f", {len(values[0])} seeds"
                 means[name] = xs, list(map(statistics.fmean, values))
                 bands[name] = list(map(min, values)), list(map(max, values))
         if means:
             several = any(lows != highs for lows, highs in bands.values())
-            seeds = "bands: lowest to highest seed" if several else "one seed"
+            seeds = "bands: lowest to highest seed; others have one" if several else "one seed"
             figure, (axis,) = figures.panels(1, f"{title}; {seeds}", width=7)
             figures.lines(axis, means, xlabel, ylabel, bands)
             names.append(f"study-{measure.replace(' ', '-')}.png")
@@ -211,7 +215,7 @@ def report(root, out):
     pictures = draw(found, out)
     parts = ["# The study in numbers", f"By `python -m study.report {root}`. Accuracies are in %, "
              "on test images. Of several seeds: mean (lowest … highest), else of one. Seconds "
-             "are of pre-training.", table(found)]
+             "are those of pre-training, not always on one machine.", table(found)]
     for arm, values in found.get("probe, margin", {}).items():
         cells = " · ".join(f"{x}: {cell(values[x], '+.1f')}" for x in sorted(values))
         mae = baseline(arm, found["probe"])

@@ -2,18 +2,17 @@
 # Does deep supervision help, and in which blocks? Every command, from pre-training to the report.
 #
 #     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
-#     bash study/study.sh data/cifar10               # small: questions 1 to 7, ten hours
+#     bash study/study.sh data/cifar10               # small: questions 1 to 7, ten hours or more
 #     bash study/study.sh data/cifar10 --size targets   # what decoders are asked for, seed 0
-#     bash study/study.sh data/cifar10 --size full   # preset cifar10, a GPU
+#     bash study/study.sh data/cifar10 --size full   # preset cifar10, 100 epochs, a GPU; not tried
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
 #     bash study/study.sh data/cifar10 --print       # the commands, without running them
 #
 # DATA is what --data of the scripts takes. Runs go into runs/study/SIZE, those of an hour into
-# runs/study/hour-DATA; reports of sizes small and targets into study and study/targets, over what
-# is there, of others into report below their runs. The same command goes on after an
-# interruption: what has its result is skipped, and a run that was cut continues. What is there
-# after an early stop is a smaller study: seed 0, then seed 1, and so on. PYTHON=… names another
-# python.
+# runs/study/hour-DATA, each with its report in report/. The same command goes on after an
+# interruption: what has a result is skipped, even if other options made it, and a run that was cut
+# continues. What is there after an early stop is a smaller study: seed 0, then seed 1, and so on.
+# PYTHON=… names another python.
 set -euo pipefail
 
 fail() {
@@ -34,40 +33,40 @@ done
 if [ -z "$DATA" ]; then fail "DATA is missing"; fi
 if [ "$DATA" != shapes ] && [ "$DATA" != cifar10 ]; then
     if [ ! -d "$DATA" ]; then fail "$DATA is neither shapes nor cifar10 nor a directory"; fi
-    DATA=$(realpath "$DATA")
+    DATA=$(CDPATH='' cd "$DATA" && pwd -P)
 fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 RUNS=runs/study/$SIZE
-REPORT=$RUNS/report
 
 # CUT, PARTIAL and REINIT are numbers of blocks, LABELS and MANY of labels. SHAPE and DEEP are
 # options of the model, SOME of an analysis.
-SEEDS="0 1 2" EPOCHS=8 LABELS=10000 MANY=50000 EVERY=1 BLOCK=8
+SEEDS="0 1 2" EPOCHS=8 LABELS=10000 MANY=50000 EVERY=1
 CUT="6 8 10 12" PARTIAL="1 2 4 8 12" REINIT="2 4 6 8"
 TAPS="10,12 8,10,12 3,6,9,12"
 SHAPE='' DEEP='' SOME="--images 10000"
 TRAIN="--preset cifar10-nano" TUNE="--preset cifar10-nano --epochs 5"
 case $SIZE in
-    hour) SEEDS=0 RUNS+=-$(basename "$DATA") REPORT=$RUNS/report ;;
-    small) REPORT=study ;;
-    targets) EPOCHS=2 REPORT=study/targets ;;
-    full) TRAIN="--preset cifar10" TUNE="--preset cifar10" EPOCHS=100 EVERY=10 ;;
+    hour) SEEDS=0 RUNS+=-$(basename "$DATA") ;;
+    small) ;;
+    targets) EPOCHS=2 ;;
+    full) TRAIN="--preset cifar10 --compile" TUNE="--preset cifar10" EPOCHS=100 EVERY=10 ;;
     smoke)
         SHAPE="--dim 16 --depth 3 --heads 2" DEEP="--taps 1,2,3" SOME="--images 20"
         TRAIN="--decoder-dim 8 --decoder-heads 2 --limit 40 --batch-size 20"
         TUNE="--batch-size 20 --epochs 1"
-        SEEDS=0 EPOCHS=2 LABELS=20 MANY=40 BLOCK=2
+        SEEDS=0 EPOCHS=2 LABELS=20 MANY=40
         CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" ;;
     *) fail "--size is hour, small, targets, full or smoke, not '$SIZE'" ;;
 esac
+if [ "$DATA" = shapes ] && [ $MANY = 50000 ]; then MANY=10000; fi  # there are no more
 
 if [ "$PRINT" ]; then
-    DATA=$(printf %q "$DATA")
+    DATA=$(printf %q "$DATA") RUNS=$(printf %q "$RUNS")
 else
     mkdir -p "$RUNS"
     before=$(cat "$RUNS/data.txt" 2>/dev/null || echo "$DATA")
-    if [ "$before" != "$DATA" ]; then fail "$RUNS holds a study of $before, not of $DATA"; fi
+    if [ "$before" != "$DATA" ]; then fail "$RUNS holds a study of $before; move it away"; fi
     echo "$DATA" > "$RUNS/data.txt"
 fi
 
@@ -81,23 +80,23 @@ run() {  # run FILE COMMAND …, unless FILE, which the command writes at its en
 }
 
 train() {  # train ARM SEED OPTION …
-    run "$RUNS/$1-$2/result.json" $PYTHON train.py $TRAIN $SHAPE --data "$DATA" --seed "$2" \
+    run "$RUNS/$1-$2/result.json" "$PYTHON" train.py $TRAIN $SHAPE --data "$DATA" --seed "$2" \
         --epochs $EPOCHS "${@:3}" --out "$RUNS/$1-$2"
 }
 
 tune() {  # tune ARM SEED NAME OPTION …
-    run "$RUNS/$1-$2/$3/result.json" $PYTHON finetune.py $TUNE --data "$DATA" --seed "$2" \
+    run "$RUNS/$1-$2/$3/result.json" "$PYTHON" finetune.py $TUNE --data "$DATA" --seed "$2" \
         --init "$RUNS/$1-$2/model.pt" --limit $LABELS "${@:4}" --out "$RUNS/$1-$2/$3"
 }
 
 look() {  # look OUT COMMAND MODEL …, in $RUNS
     local models=("${@:3}")
-    run "$RUNS/$1/$2.png" $PYTHON analyze.py "$2" "${models[@]/#/$RUNS/}" --data "$DATA" $SOME \
-        --out "$RUNS/$1" $MORE
+    run "$RUNS/$1/$2.png" "$PYTHON" analyze.py "$2" "${models[@]/#/$RUNS/}" --data "$DATA" $SOME \
+        --out "$RUNS/$1"
 }
 
 report() {
-    run '' $PYTHON -m study.report "$RUNS" --out "$REPORT"
+    run '' "$PYTHON" -m study.report "$RUNS" --out "$RUNS/report"
 }
 
 # All arms of a seed start from the same encoder and see the same images and masks.
@@ -108,7 +107,7 @@ random() {
 # Each target with one decoder and with four. Teachers are the MAE and, as an upper bound, the same
 # fine-tuned on labels.
 if [ $SIZE = targets ] || [ $SIZE = smoke ]; then
-    last=${CUT##* } mae=$RUNS/mae-0 arms='random mae deepmim' models=() MORE=''
+    last=${CUT##* } mae=$RUNS/mae-0 arms='random mae deepmim' models=()
     random 0
     train mae 0 --method mae --keep-every $EVERY
     train deepmim 0 $DEEP --keep-every $EVERY
@@ -132,7 +131,7 @@ fi
 if [ $SIZE = targets ]; then report; exit; fi
 
 for seed in $SEEDS; do
-    mae=mae-$seed/model.pt deepmim=deepmim-$seed/model.pt MORE=''
+    mae=mae-$seed/model.pt deepmim=deepmim-$seed/model.pt
     random $seed
     train mae $seed --method mae --keep-every $EVERY
     train deepmim $seed $DEEP --keep-every $EVERY
@@ -144,15 +143,15 @@ for seed in $SEEDS; do
     done
     look compare-$seed cka $mae $deepmim random-$seed/model.pt
     look compare-$seed heads $mae $deepmim random-$seed/model.pt
-    MORE="--block $BLOCK" look compare-$seed cross-cka $mae $deepmim
+    look compare-$seed cross-cka $mae $deepmim
     others=shallow
     train shallow $seed $DEEP --decoder-depth 1
     if [ $seed = 0 ]; then
         others='shallow hybrid mae-long'
         train hybrid 0 $DEEP --teacher $RUNS/$mae
         # As many epochs of MAE as cost what DeepMIM's did, by the seconds in both logs.
-        equal="$PYTHON -m study.report --equal-epochs $RUNS/mae-0 $RUNS/deepmim-0"
-        if [ "$PRINT" ]; then equal="\$($equal)"; else equal=$($equal); fi
+        ask=("$PYTHON" -m study.report --equal-epochs "$RUNS/mae-0" "$RUNS/deepmim-0")
+        if [ "$PRINT" ]; then equal="\$(${ask[*]})"; else equal=$("${ask[@]}"); fi
         train mae-long 0 --method mae --epochs "$equal"
         for arm in mae deepmim; do
             kept=$(seq -f "$arm-0/epoch-%g.pt" $EVERY $EVERY $EPOCHS)
@@ -174,7 +173,7 @@ if [ $SIZE = hour ]; then report; exit; fi
 # The yardstick for CKA: two encoders of one method that differ only by chance.
 if [ "$SEEDS" != 0 ]; then
     for arm in mae deepmim; do
-        MORE="--block $BLOCK" look seeds-$arm cross-cka $arm-0/model.pt $arm-1/model.pt
+        look seeds-$arm cross-cka $arm-0/model.pt $arm-1/model.pt
     done
 fi
 # What DeepMIM's parts are worth, and AdamW at the same steps.
@@ -185,7 +184,7 @@ done
 train depth-2 0 $DEEP --decoder-depth 2; ablation+=(depth-2-0/model.pt)
 train mae-adamw 0 --method mae --optimizer adamw --lr 1e-3
 train deepmim-adamw 0 $DEEP --optimizer adamw --lr 1e-3
-MORE='' look ablation-0 blocks "${ablation[@]}" mae-adamw-0/model.pt deepmim-adamw-0/model.pt
+look ablation-0 blocks "${ablation[@]}" mae-adamw-0/model.pt deepmim-adamw-0/model.pt
 for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
 # DeepMIM for as many epochs as mae-long.
 train deepmim-long 0 $DEEP --epochs "$equal"

@@ -33,8 +33,8 @@ def as_colours(features, like):
     mean = flat.mean(dim=0)
     scatter = (flat - mean).T @ (flat - mean)                           # (K, K)
     _, components = torch.linalg.eigh(scatter.cpu())  # by rising variance; mps hasn't always had it
-    axes = components[:, -3:].flip(1).to(flat.device)                   # (K, 3)
-    axes = F.pad(axes, (0, max(0, 3 - len(mean))))                      # with few features too
+    axes = components[:, -3:].flip(1).to(flat.device)                   # (K, 3), (K, K) if K < 3
+    axes = F.pad(axes, (0, max(0, 3 - len(mean))))                      # (K, 3)
     edges = torch.tensor([0.02, 0.98], device=flat.device)
     low, high = ((flat - mean) @ axes).quantile(edges, dim=0)           # two (3,)
     return (((features.float() - mean) @ axes - low) / (high - low + 1e-6)).clamp(0, 1)

@@ -42,13 +42,14 @@ def run(main):
     """Call main and end the process: 0, or a line on stderr and 2 (bad input), 1 (failed), 130."""
     status, line = 0, ""
     for stream in (sys.stdout, sys.stderr):  # some can't show × or every name of a file
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):   # which a notebook's doesn't have
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (BadInput, RunFailed) as error:
         status, line = 2 if isinstance(error, BadInput) else 1, str(error)
     except torch.OutOfMemoryError:  # of a GPU
-        status, line = 1, "out of the GPU's memory; to train, --accumulate 2 halves what is needed"
+        status, line = 1, "out of the GPU's memory; to train in less, try --accumulate 2"
     except KeyboardInterrupt:
         status, line = 130, "stopped; run the same command again to go on with training"
     # Before processes know one another, all fail alike, and one line is enough.

@@ -47,6 +47,7 @@ def write_folder(path, side=8):
 
 @pytest.fixture(autouse=True)
 def seeded():
+    """So that no test depends on what others drew before it."""
     torch.manual_seed(0)
 
 

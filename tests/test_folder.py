@@ -37,7 +37,7 @@ def test_classes_have_the_same_numbers_on_windows(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "root")
     for part in ("train", "val"):
         (root / part / "dog").rename(root / part / "Dog")
-    monkeypatch.setattr(  # there paths are compared like this
+    monkeypatch.setattr(  # as Windows compares paths
         PurePath, "__lt__", lambda path, other: str(path).lower() < str(other).lower())
     assert folder.find(root, CPU)[0].classes == ["Dog", "cat"]
 

@@ -52,7 +52,7 @@ def test_a_compiled_step_is_the_same_step(call, tmp_path, parts):
 
 
 def test_files_that_workers_decode_reach_a_gpu(call, tmp_path):
-    root = write_folder(tmp_path / "root", side=72)  # too large to be kept in memory
+    root = write_folder(tmp_path / "root", side=72)  # above SMALL_IMAGE, so streamed
     for device in ("cpu", "cuda"):
         call("train", *EXACT, "--data", root, "--image-size", 72, "--patch-size", 24,
              "--workers", 2, "--device", device, "--out", tmp_path / device)

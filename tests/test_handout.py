@@ -239,7 +239,7 @@ def test_what_loops_for_ever_or_does_not_import_costs_its_points(few, student, m
     (student / "analyze.py").write_text("def linear_cka(x, y:\n")
     chosen = handout.EXERCISES
     monkeypatch.setattr(handout, "EXERCISES", chosen[:1])
-    assert points(student, "--seconds", "3")[0]["patchify"] == (0, "not done after 3 s")
+    assert points(student, "--seconds", "10")[0]["patchify"] == (0, "not done after 10 s")
     monkeypatch.setattr(handout, "EXERCISES", chosen[1:])
     found, content = points(student)
     assert found["attention_map"] == (1, "passed") and content["points"] == 1

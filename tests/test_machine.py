@@ -75,8 +75,10 @@ def test_models_run_in_mixed_precision_unless_told_not_to(
 
 def test_a_compiled_step_is_replayed_on_one_gpu_alone(monkeypatch):
     modes, model = [], torch.nn.Linear(1, 1)
+    monkeypatch.setattr(machine, "DistributedDataParallel", lambda model: model)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: modes.append(mode))
     for device, compiled, replay in (("cuda", True, True), ("cuda", True, False),
                                      ("cpu", True, True), ("cuda", False, True)):
         machine.distribute(model, machine.Machine(torch.device(device)), compiled, replay)
-    assert modes == ["reduce-overhead", None, None]
+    machine.distribute(model, machine.Machine(torch.device("cuda"), world=2), True, True)
+    assert modes == ["reduce-overhead", None, None, None]

@@ -48,7 +48,7 @@ def test_an_mae_of_hugging_face_becomes_a_model(hugging_face, tmp_path, how):
     torch.testing.assert_close(output.predictions[0], hidden, atol=1e-4, rtol=1e-4)
 
 
-HUGGING_FACE = {  # names in files, and of transformers 5 → ours
+HUGGING_FACE = {  # names in published files, or of transformers 5 → ours
     "vit.embeddings.cls_token": "encoder.cls_token",
     "vit.embeddings.position_embeddings": "encoder.pos_embed",
     "vit.embeddings.patch_embeddings.projection.bias": "encoder.patch_embed.proj.bias",

@@ -78,7 +78,7 @@ def test_options_reach_the_optimizer_and_the_first_weights(
     first, again, other = (given.args[0].state_dict()["encoder.blocks.0.mlp.fc1.weight"]
                            for given in begun.call_args_list)
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert script == "finetune" or begun.call_args.args[-1] == 2  # of order, images and masks
+    assert script == "finetune" or begun.call_args.args[-1] == 2  # the seed of order and masks
 
 
 @pytest.mark.parametrize("out", ["shapes/first", "cifar10/x"])
@@ -110,7 +110,7 @@ def ended(capsys, main):
 @pytest.mark.parametrize("error, status, words", [
     (None, 0, ""), (BadInput("--dim: 3\n\twas\ngiven"), 2, "--dim: 3 was given\n"),
     (BadInput("\udcff.png"), 2, "\\udcff.png\n"), (RunFailed("a full disk"), 1, "a full disk\n"),
-    (torch.OutOfMemoryError("CUDA"), 1, "; to train, --accumulate 2 halves what is needed\n"),
+    (torch.OutOfMemoryError("CUDA"), 1, "; to train in less, try --accumulate 2\n"),
     (KeyboardInterrupt(), 130, "run the same command again to go on with training\n")])
 def test_a_script_ends_with_a_status_and_one_line(capsys, monkeypatch, error, status, words):
     def main():

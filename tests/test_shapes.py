@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from support import shapes
 
-LENS = acos(0.61) + 0.64 * acos(-0.1375) - sqrt(1.3 * 0.7 * 0.3 * 2.3) / 2  # of radii 1 and 0.8
+LENS = acos(0.61) + 0.64 * acos(-0.1375) - sqrt(1.3 * 0.7 * 0.3 * 2.3) / 2  # of two circles
 AREAS = {"crescent": pi - LENS, "cross": 4 * 0.6 - 0.36, "disc": pi * 0.9**2,
          "frame": 1.64**2 - 0.96**2, "half-disc": pi / 2, "hexagon": 1.5 * sqrt(3),
          "ring": pi * (0.93**2 - 0.57**2), "square": 1.5**2, "star": 5 * 0.42 * sin(pi / 5),

@@ -100,10 +100,10 @@ def test_bands_reach_from_the_lowest_to_the_highest_seed(runs, monkeypatch):
         {y: (means, bands)}))
     reported(runs)
     means, bands = drawn["loss on hidden patches"]
-    assert means["DeepMIM"][0] == [1, 2, 3]
-    assert means["DeepMIM"][1] == pytest.approx([1.53, 0.765, 0.51])
-    assert bands["DeepMIM"][0] == pytest.approx([1.5, 0.75, 0.5])
-    assert bands["DeepMIM"][1] == pytest.approx([1.56, 0.78, 0.52])
+    xs, values = means["DeepMIM, 3 seeds"]
+    assert xs == [1, 2, 3] and values == pytest.approx([1.53, 0.765, 0.51])
+    lows, highs = bands["DeepMIM, 3 seeds"]
+    assert lows == pytest.approx([1.5, 0.75, 0.5]) and highs == pytest.approx([1.56, 0.78, 0.52])
 
 
 def test_analyses_alone_are_reported_too(runs):
@@ -162,6 +162,14 @@ def test_the_study_of_an_hour_is_one_seed_of_two_methods():
     lines = commands("shapes", "--size", "hour")
     assert [line.split(" --out ")[1].split("/")[-1] for line in lines] == [
         "random-0", "mae-0", "deepmim-0", "compare-0", "report"]
+
+
+@pytest.mark.parametrize("size", ["hour", "small", "targets", "full"])
+def test_the_scripts_take_every_command(size, tmp_path):
+    for line in commands(tmp_path, "--size", size):
+        _, script, *arguments = shlex.split(re.sub(r"\$\(.*\)", "9", line))
+        if script in SCRIPTS:
+            SCRIPTS[script].parse(arguments)
 
 
 @pytest.mark.slow

@@ -209,6 +209,10 @@ def test_a_model_of_timm_is_pretrained_frozen_and_sees_its_own_colours(monkeypat
     wanted = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "input_size": (3, 8, 8)}
 
     class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
         def forward_intermediates(self, x, **how):
             assert how == {"output_fmt": "NCHW", "intermediates_only": True}
             seen.append((x, self.training))
@@ -225,7 +229,8 @@ def test_a_model_of_timm_is_pretrained_frozen_and_sees_its_own_colours(monkeypat
     pixels = (IMAGES * data.STD[:, None, None] + data.MEAN[:, None, None]).clamp(0, 1)
     expected = v2.functional.normalize(pixels, list(wanted["mean"]), list(wanted["std"]))
     torch.testing.assert_close(x, expected)
-    assert not training and [one.shape for one in tokens] == [(3, 17, 6)] * 2
+    assert not training and not encoder.model.weight.requires_grad
+    assert [one.shape for one in tokens] == [(3, 17, 6)] * 2
 
 
 @WITH_TIMM

@@ -41,7 +41,7 @@ def test_pictures_are_drawn_when_the_run_says_so(call, monkeypatch, tmp_path):
     assert len(drawn) == 1 and drawn[0].startswith("epoch 2/3  last decoder's training loss")
 
 
-def test_training_images_move_as_far_as_asked(call, tmp_path, monkeypatch):
+def test_training_images_move_as_asked_and_eight_others_are_read(call, tmp_path, monkeypatch):
     prepare = Mock(wraps=data.prepare)
     monkeypatch.setattr(data, "prepare", prepare)
     call("train", "--shift", 3, "--epochs", 1, "--out", tmp_path)
@@ -71,8 +71,8 @@ def test_init_starts_from_that_model(call, pretrained, tmp_path):
 
 
 def one_step(accumulate, batch=16, lr=1.0):
-    """An epoch of 16 images by plain gradient descent, in all processes there are: (losses (taps,),
-    {name: how far it went, in one step with lr 1 the gradient})."""
+    """An epoch of 16 images by plain gradient descent: (losses (taps,), {name: how far it moved}).
+    In one step with lr 1 that is the gradient."""
     here = machine.start("cpu", False, 16, accumulate)
     images = data.InMemory(*shapes.make_shapes(16, 0, side=8), None, 8, here.device, 4)
     torch.manual_seed(0)
