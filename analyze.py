@@ -249,8 +249,6 @@ def blocks(args, encoders, batches):
         def features(images, encoder=encoder):
             return torch.stack(block_features(encoder, images, args.tokens), dim=1)
         (xs, labels), (queries, wanted) = (all_features(features, part) for part in sets)
-        if machine.device.type == "mps":  # which has no float64
-            xs, labels, queries, wanted = (x.cpu() for x in (xs, labels, queries, wanted))
         right[name], strengths, near = [], [], []
         for x, asked in zip(xs.unbind(dim=1), queries.unbind(dim=1)):   # (n, p), (Q, p)
             found, strength = best_probe(x, labels, asked)              # (Q,)
@@ -281,9 +279,9 @@ def blocks(args, encoders, batches):
 @torch.no_grad()
 def reconstruct(args, models, batches):
     """Images, what is visible, targets that are no pixels, and what each decoder predicts.
-    The loss is that of a decoder's own target, PSNR, of pixels only, that of the picture drawn."""
+    The loss is that of a decoder's own target."""
     (model,), device = models.values(), batches[0].device
-    config, losses, errors, drawn = model.config, 0.0, 0.0, None
+    config, losses, drawn = model.config, 0.0, None
     settle_target(args)
     targets = make_targets(config, args, Machine(device))
     require(targets.target_dim == config.target_dim, f"--target: {args.models[0]} predicts "
@@ -291,21 +289,14 @@ def reconstruct(args, models, batches):
     for number, images in enumerate(batches):
         noise = torch.rand(len(images), config.patches, generator=randomness("pictures", number))
         output = model(images, noise.to(device), targets)
-        columns = figures.reconstructions(config, images, output, targets)
-        drawn = drawn or {name: pictures[: args.rows] for name, pictures in columns.items()}
-        share = len(images) / sum(map(len, batches))
-        hidden = output.ids_hide.shape[1] / config.patches
-        painted = torch.stack([columns[f"after block {tap}"] for tap in config.taps])
-        squares = (painted - columns["image"]).square().mean(dim=(1, 2, 3, 4)) / hidden  # (taps,)
-        losses, errors = losses + share * output.losses.cpu(), errors + share * squares.cpu()
+        if not drawn:
+            columns = figures.reconstructions(config, images, output, targets)
+            drawn = {name: pictures[: args.rows] for name, pictures in columns.items()}
+        losses += output.losses.cpu() * len(images) / sum(map(len, batches))
     decoders = {}
-    for tap, loss, psnr in zip(config.taps, losses.tolist(), (-10 * errors.log10()).tolist()):
+    for tap, loss in zip(config.taps, losses.tolist()):
         decoders[str(tap)] = {"loss": loss}
-        caption = f"block {tap}\n{loss:.3f}"
-        if not config.target_dim:
-            decoders[str(tap)]["psnr"] = psnr
-            caption += f", {psnr:.1f} dB"
-        drawn[caption] = drawn.pop(f"after block {tap}")
+        drawn[f"block {tap}\n{loss:.3f}"] = drawn.pop(f"after block {tap}")
     figure = figures.picture_grid(drawn, f"{args.models[0]}: loss on hidden patches")
     return figure, {"target": args.target, "teacher": args.teacher, "decoders": decoders}
 

@@ -261,10 +261,12 @@ def evaluate(model, images, machine):
 
 @torch.no_grad()
 def all_features(features, images):
-    """What a function gives for all images, batch by batch, (n, …), and their labels (n,)."""
+    """What a function gives for all images, batch by batch, (n, …), and their labels (n,).
+    They come from an Apple GPU to the CPU, because probes need float64, which mps doesn't have."""
+    place = "cpu" if images.device.type == "mps" else images.device
     rows = [(features(batch).float(), labels)
             for batch, labels in images.batches(torch.arange(len(images)).split(EVALUATION_BATCH))]
-    return [torch.cat(parts) for parts in zip(*rows)]
+    return [torch.cat(parts).to(place) for parts in zip(*rows)]
 
 
 def nearest_neighbours(features, labels, queries, classes, k):

@@ -157,8 +157,6 @@ def linear_accuracy(model, images, held_out, machine):
             return model.features(batch)
     x, labels = all_features(features, images)
     queries, wanted = all_features(features, held_out)
-    if machine.device.type == "mps":  # which has no float64
-        x, labels, queries, wanted = (rows.cpu() for rows in (x, labels, queries, wanted))
     return (ridge_probe(x, labels, queries, RIDGE) == wanted).float().mean().item()
 
 
