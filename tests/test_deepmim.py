@@ -31,10 +31,15 @@ def renamed(name, table):
 @pytest.fixture
 def stand_ins(monkeypatch):
     """Other functions in place of three, so that what calls them is tested apart from them."""
-    monkeypatch.setattr(deepmim, "patchify", lambda images, p: F.unfold(images, p, stride=p).mT)
-    monkeypatch.setattr(deepmim, "random_masking",
-                        lambda noise, ratio: (-noise).argsort(dim=1).split([5, 11], dim=1))
-    monkeypatch.setattr(deepmim, "reconstruction_loss", lambda p, t: (p + 2 * t).sum())
+    def most_noise_stays(noise, mask_ratio):
+        visible = 1 + int(16 * (1 - mask_ratio))
+        return (-noise).argsort(dim=1).split([visible, 16 - visible], dim=1)
+
+    monkeypatch.setattr(deepmim, "patchify", lambda images, patch_size: F.unfold(
+        images, patch_size, stride=patch_size).mT)
+    monkeypatch.setattr(deepmim, "random_masking", most_noise_stays)
+    monkeypatch.setattr(deepmim, "reconstruction_loss",
+                        lambda prediction, target: (prediction + 2 * target).sum())
 
 
 def test_patchify_orders_patches_by_row_and_pixels_by_row_column_channel():
@@ -280,11 +285,11 @@ def test_forward_gives_each_decoder_its_tap_and_its_target(stand_ins):
         x = take_patches(deepmim.patchify(images, 2), ids_hide)
         return [x, x.square(), x + ids_keep.sum()]
 
-    model, seen, passes = tiny(taps=(2, 3, 4)), {}, []
+    model, seen, passes = tiny(taps=(2, 3, 4), mask_ratio=0.5), {}, []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *call, name=name: seen.update({name: call[1:]}))
     model.encoder.blocks[0].register_forward_hook(lambda *_: passes.append("one"))
-    output, ids = model(IMAGES, NOISE, own), deepmim.random_masking(NOISE, 0.75)
+    output, ids = model(IMAGES, NOISE, own), deepmim.random_masking(NOISE, 0.5)
     for i, tap in enumerate(("encoder.blocks.1", "encoder.blocks.2", "encoder.norm")):
         given, prediction = seen[f"decoders.{i}"]
         assert all(map(torch.equal, given, (seen[tap][1], *ids)))

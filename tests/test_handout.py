@@ -125,7 +125,7 @@ WRONG = {  # plausible mistakes in each function: (what is there, what is wrong)
                         ("outputs[tap - 1]", "outputs[tap - 1].detach()"),
                         ("[self.encoder.norm(outputs[-1])]", "[outputs[-1]]"),
                         ("self.encoder.norm(outputs[-1])", "self.encoder(images, ids_keep)"),
-                        (", device=images.device", "")],
+                        (", device=images.device", ""), ("config.mask_ratio", "0.75")],
     "head_similarity": [("similarity.sum(dim=(1, 2)) - own", "similarity.sum(dim=(1, 2))"),
                         ("heads * (heads - 1)", "heads**2"), ("F.normalize(x.flatten(2), dim=2)",
                                                               "x.flatten(2)"),
