@@ -254,7 +254,7 @@ def blocks(args, encoders, batches):
             found, strength = best_probe(x, labels, asked)              # (Q,)
             right[name].append(found == wanted)
             strengths.append(strength)
-            found = nearest_neighbours(x, labels, asked, len(parts[0].classes), min(20, len(x)))
+            found = nearest_neighbours(x, labels, asked, len(parts[0].classes), k=20)
             near.append((found == wanted).double().mean().item())
         accuracies = [x.double().mean().item() for x in right[name]]
         errors = [(p * (1 - p) / len(wanted)) ** 0.5 for p in accuracies]
@@ -339,7 +339,7 @@ COMMANDS = {  # with the number of models, and the options
 }
 OPTIONS = {
     "data": dict(default="shapes", help="shapes, cifar10, or a directory"),
-    "value_range": dict(type=options.number_list, metavar="LOW,HIGH", help="as train.py's"),
+    "value_range": dict(type=float, nargs=2, metavar=("LOW", "HIGH"), help="as train.py's"),
     "images": dict(type=int, default=500, help="held-out images to look at"),
     "train_images": dict(type=int, default=20_000, help="training images to fit a probe on"),
     "seeds": dict(action="store_true", help="draw names that differ in a last number as one"),

@@ -23,7 +23,7 @@ import csv
 import io
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -161,23 +161,19 @@ def parse(argv):
 def start_from(args):
     """(Config, checkpoint.Weights or None for --scratch) to start from; raises BadInput."""
     given = {name: getattr(args, name) for name in MODEL_OPTIONS if getattr(args, name) is not None}
-    if args.scratch:
-        weights, sizes = None, {**SIZES[args.size], **given}
-        config = options.naming_option(Config, **sizes, taps=(sizes.get("depth", Config.depth),))
-    else:
-        weights = checkpoint.read_model(args.init, args.heads)
-        config = weights.config
-        for name, value in given.items():
-            holds = name == "image_size" or value == getattr(config, name)
-            require(holds, f"{options.option(name)}: {args.init} has {getattr(config, name)}")
-        size = args.image_size or config.image_size
-        config = options.naming_option(replace, config, image_size=size)
-    kept = args.keep_blocks or config.depth
-    limits = {"keep_blocks": config.depth, "trainable_blocks": kept, "reinit_blocks": kept}
+    weights = None if args.scratch else checkpoint.read_model(args.init, args.heads)
+    sizes = asdict(weights.config if weights else Config(**SIZES[args.size]))
+    for name, value in given.items():
+        holds = args.scratch or name == "image_size" or value == sizes[name]
+        require(holds, f"{options.option(name)}: {args.init} has {sizes[name]}")
+    sizes |= given
+    kept = args.keep_blocks or sizes["depth"]
+    limits = {"keep_blocks": sizes["depth"], "trainable_blocks": kept, "reinit_blocks": kept}
     for name, depth in limits.items():
         holds = (getattr(args, name) or 0) <= depth
         require(holds, f"{options.option(name)}: the encoder has {depth} blocks")
-    return replace(config, depth=kept, taps=(kept,)), weights
+    sizes |= {"depth": kept, "taps": (kept,)}
+    return options.naming_option(Config, **sizes), weights
 
 
 def make_classifier(args, config, weights, classes, machine):
@@ -277,7 +273,7 @@ def nearest_neighbours(features, labels, queries, classes, k):
     features, queries = (F.normalize((x - mean) / (deviation + 1e-6)) for x in (features, queries))
     found = []
     for some in queries.split(EVALUATION_BATCH):
-        cosine, nearest = (some @ features.T).topk(k, dim=1)            # two (B, k)
+        cosine, nearest = (some @ features.T).topk(min(k, len(features)), dim=1)  # (B, k) each
         votes = torch.zeros(len(some), classes, device=some.device)     # (B, classes)
         votes.scatter_add_(1, labels[nearest], ((cosine - 1) / 0.07).exp())
         found.append(votes.argmax(dim=1))
@@ -371,7 +367,6 @@ def main(argv=None):
     model = make_classifier(args, config, weights, len(classes), machine)
     run = Run(args.out, what_counts(args, images), machine, args.resume)
     if args.knn:
-        require(args.knn_k <= len(images), f"--knn-k: there are only {len(images)} training images")
         run.open()
         model.eval()
         with machine.autocast():

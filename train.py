@@ -176,10 +176,7 @@ def main(argv=None):
         speed = round(steps * args.batch_size / seconds, 1)
         record = {"loss": losses.sum().item(), "losses": by_tap, "learning_rate": lr,
                   "images_per_second": speed, "seconds": round(seconds, 2)}
-        content = {"config": asdict(config), "model": model.state_dict()}
-        if args.keep_every and (epoch + 1) % args.keep_every == 0:
-            run.keep(content, f"epoch-{epoch + 1}.pt")
-        run.finish_epoch(record, content)
+        run.finish_epoch(record, {"config": asdict(config), "model": model.state_dict()})
         line = f"epoch {epoch + 1}/{args.epochs}  last decoder's training loss {losses[-1]:.4f}"
         machine.print(f"{line}  sum {losses.sum():.4f}  {speed:.0f} images/s")
         if run.draws_now():  # after what matters is safe

@@ -193,6 +193,7 @@ def exported(path, to):
 
 def main(argv=None):
     """Write a model of ours as another package's."""
+    from support.run import write  # which itself imports this file
     parser = options.Parser(description=main.__doc__)
     parser.add_argument("model", help="model.pt of train.py or, for timm, of finetune.py")
     parser.add_argument("out", type=Path, help="a file, .pt or .safetensors")
@@ -202,12 +203,12 @@ def main(argv=None):
     content = exported(args.model, args.to)
     if args.out.suffix == ".safetensors":
         try:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
         except ImportError:
             raise BadInput(f"{args.out}: pip install safetensors") from None
-        save_file(content.get("model", content), args.out)
+        write(args.out, lambda file: file.write(save(content.get("model", content))))
     else:
-        torch.save(content, args.out)
+        write(args.out, lambda file: torch.save(content, file))
     print(args.out)
 
 

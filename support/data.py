@@ -60,21 +60,22 @@ def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1,
         train, held_out = train.split(math.ceil(len(train.labels) * hold_out), "hold out")
     n = len(train.labels)
     require((limit or 0) <= n, f"--limit: {limit} is more than the {n} training images")
-    train = train.split(limit, "limit")[1] if limit else train
-    n = len(train.labels)
+    if limit:
+        train, n = train.split(limit, "limit")[1], limit
     require(batch_size <= n, f"--batch-size: {batch_size} is more than the {n} training images")
     return train, held_out
 
 
 def find_held_out(name, machine, classes=None, value_range=None):
-    """The held-out Part of --data. Of a directory without train/ it is val/ or test/ or, if it has
-    neither, all images: of class folders where these are the classes asked for, without labels
-    where none are."""
+    """The held-out Part of --data. Of a directory it is val/ or test/. Where these and train/ are
+    missing it is all images: of class folders where these are the classes asked for, without
+    labels where none are."""
     root = Path(name)
-    if not name or name in SOURCES or (root / "train").is_dir():
-        return find(name, machine, value_range=value_range)[1]
     beside = [root / part for part in ("val", "test") if (root / part).is_dir()]
-    part = folder.labelled((beside or [root])[0], machine, classes or [])
+    trained = (root / "train").is_dir()
+    if not name or name in SOURCES or trained and not beside:
+        return find(name, machine, value_range=value_range)[1]
+    part = folder.labelled((beside or [root])[0], machine, None if trained else classes or [])
     return part._replace(value_range=value_range)
 
 

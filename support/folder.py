@@ -26,7 +26,7 @@ class Part(NamedTuple):
     items: list | torch.Tensor  # n paths, or uint8 (n, C, H, H)
     labels: torch.Tensor        # (n,), −1 where there are none
     classes: list | None        # their names, None where there are none
-    value_range: tuple | None = None  # of deep images, see read_image
+    value_range: list | None = None  # of deep images, see read_image
 
     def take(self, ids):
         """The images at ids, a tensor of indices."""
@@ -127,7 +127,7 @@ def read_image(path, channels, value_range=None):
         if not value_range:
             raise BadInput(f"{path}: not of 8 bits but with values of {np.nanmin(values):g} to "
                            f"{np.nanmax(values):g}; say which are black and white in all images: "
-                           "--value-range LOW,HIGH")
+                           "--value-range LOW HIGH")
         low, high = value_range
         share = (np.nan_to_num(values, nan=low) - low) / (high - low)
         image = Image.fromarray((255 * share.clip(0, 1)).round().astype(np.uint8))

@@ -97,9 +97,8 @@ class Parser(argparse.ArgumentParser):
                 value = getattr(args, name, None)
                 holds = value is None or low <= value < high
                 require(holds, f"{option(name)}: {value} must be at least {low} and below {high}")
-        ends = getattr(args, "value_range", None)
-        require(ends is None or len(ends) == 2 and ends[0] < ends[1],
-                "--value-range: two numbers are needed, of black and of white: 0,65535")
+        low, high = getattr(args, "value_range", None) or (0, 1)
+        require(low < high, f"--value-range: {low}, of black, must be below {high}, of white")
         if presets:
             own = args.lr or args.blr or args.optimizer == recipe.get("optimizer", "adamw")
             require(own, f"--optimizer: {args.optimizer} needs an --lr; the preset has another's")
@@ -134,7 +133,7 @@ def add_training_options(parser):
     add("--data", default="shapes", help="shapes, cifar10, or a directory")
     add("--limit", type=int, help="use this many training images")
     add("--shift", type=int, default=4, help="pixels of 32, that images to 64 px move by")
-    add("--value-range", type=number_list, metavar="LOW,HIGH",
+    add("--value-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="values of black and white, for images of more than 8 bits")
     add("--skip-damaged", action="store_true", help="leave out files that can't be decoded")
     group = parser.add_argument_group("training")

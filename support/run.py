@@ -136,7 +136,8 @@ class Run:
             write_json(self.path / "result.json", {**figures, "options": self.options})
 
     def finish_epoch(self, record, content):
-        """Write content as model.pt, log.jsonl, last.pt, at the end result.json; or RunFailed."""
+        """Write content as model.pt, every keep_every-th epoch in half precision as epoch-N.pt too,
+        then log.jsonl, last.pt and at the end result.json. Raises RunFailed."""
         model, optimizers, scaler = self.parts
         record = {"epoch": len(self.history) + 1, **record}
         figures = {name: value for name, value in record.items() if isinstance(value, float)}
@@ -149,6 +150,11 @@ class Run:
         weights = {name: value.cpu() for name, value in content["model"].items()}
         content = {**content, "model": weights}  # which loads where there is no GPU
         write(self.path / "model.pt", lambda file: torch.save(content, file))
+        every = self.options.get("keep_every")
+        if every and record["epoch"] % every == 0:
+            half = {**content, "model": {name: value.half() for name, value in weights.items()}}
+            kept = self.path / f"epoch-{record['epoch']}.pt"
+            write(kept, lambda file: torch.save(half, file))
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         write(self.path / "log.jsonl", lambda file: file.write(lines.encode()))
         if len(self.history) == self.total:
@@ -163,12 +169,6 @@ class Run:
             for name, value in {**figures, **losses}.items():
                 self.writer.add_scalar(name, value, record["epoch"])
             self.writer.flush()
-
-    def keep(self, content, name):
-        """Write content, its weights in half precision, as OUT/name."""
-        if self.machine.is_main_process:
-            half = {key: value.half().cpu() for key, value in content["model"].items()}
-            write(self.path / name, lambda file: torch.save({**content, "model": half}, file))
 
     def draws_now(self):
         """Whether to draw after this epoch: the last, the first, and some twenty in all. On a GPU a

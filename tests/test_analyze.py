@@ -299,7 +299,7 @@ def test_names_in_legends():
 
 @pytest.mark.parametrize("line, words", [
     ("cka nowhere.pt", "nowhere.pt: no such file"), ("cka deep.pt --tokens some", "--tokens"),
-    ("cka deep.pt --value-range 9,1", "--value-range: two"),
+    ("cka deep.pt --value-range 9 -1", "--value-range: 9.0, of black"),
     ("cka deep.pt --images 3", "--images: "), ("cka deep.pt --images 0", "--images: 0 must"),
     ("cka deep.pt --heads 4", "deep.pt has 2, not 4"), ("cka bare.pt", "say --heads"),
     ("cka deep.pt other.pt", "other.pt: "), ("heads one.pt", "one has one head"),

@@ -207,6 +207,8 @@ def test_nearest_neighbours_are_those_of_the_whole_matrix(
             votes[row, label] += math.exp((value - 1) / 0.07)
     accuracy = json.loads((tmp_path / "result.json").read_text())["val_accuracy"]
     assert torch.equal(found, votes.argmax(1))
+    few = [finetune.nearest_neighbours(near, labels, far, 2, k) for k in (18, 99)]  # of 18
+    assert torch.equal(*few)
     assert accuracy == pytest.approx((votes.argmax(1) == wanted).float().mean().item())
     assert not (tmp_path / "model.pt").exists()
 
@@ -368,14 +370,15 @@ def test_predict_gives_the_numbers_of_eval(call, images, pretrained, tmp_path, m
 def test_deep_images_are_measured_with_the_range_of_training(call, pretrained, tmp_path):
     values = np.random.default_rng(0).uniform(0, 1, (24, 8, 8)).astype(np.float32)
     values[:12] /= 2
+    values -= 1
     for i, image in enumerate(values):
         folder = tmp_path / "deep" / ("val" if i % 12 > 8 else "train") / ("ab"[i // 12])
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.tif")
-    call("finetune", "--data", tmp_path / "deep", "--value-range", "0,1", "--init", pretrained,
+    call("finetune", "--data", tmp_path / "deep", "--value-range", -1, 0, "--init", pretrained,
          "--out", tmp_path / "run")
     results = []
-    for given in ((), ("--value-range", "0,1"), ("--value-range", "0,2")):
+    for given in ((), ("--value-range", -1, 0), ("--value-range", -1, 1)):
         call("finetune", "--predict", tmp_path / "deep", "--init", tmp_path / "run" / "model.pt",
              *given, "--out", tmp_path / "out")
         results.append((tmp_path / "out" / "predictions.csv").read_text())

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from test_checkpoint import mae_state, perturbed
 from deepmim import DeepMIM, ViT
 from finetune import Classifier
 from support import checkpoint, names
-from support.options import BadInput
+from support.options import BadInput, RunFailed
 
 MAE = replace(TINY, taps=(3,), decoder_dim=16, decoder_heads=16, decoder_depth=2)
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -140,6 +141,15 @@ def test_a_model_of_ours_becomes_maes_and_comes_back(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="vit.pth: there is no directory"):
         checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/no/vit.pth", "--to", "timm"])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    torch.save({"config": vars(TINY), "model": DeepMIM(TINY).state_dict()}, tmp_path / "model.pt")
+    (tmp_path / "vit.pth").write_text("before")
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(RunFailed, match="vit.pth: not written .no space left"):
+        checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/vit.pth", "--to", "timm"])
+    assert (tmp_path / "vit.pth").read_text() == "before" and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("prefix", [

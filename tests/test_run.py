@@ -80,6 +80,7 @@ def test_a_run_cut_before_any_write_goes_on_to_the_same_weights(tmp_path, monkey
 @pytest.mark.parametrize("place", ["0.bias", "loss"])
 def test_what_is_no_number_is_not_saved(tmp_path, place):
     run, model, optimizers, scaler = small_run(tmp_path)
+    run.options["keep_every"] = 1
     for _ in run.epochs(1, model, optimizers, scaler):
         if place != "loss":
             model[0].bias.data[0] = math.nan

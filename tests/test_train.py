@@ -13,7 +13,7 @@ import train
 from deepmim import DeepMIM, PixelTargets
 from support import checkpoint, data, machine, shapes
 from support.optimizer import randomness
-from support.run import Run
+from support.run import Run, write
 
 
 def test_a_run_leaves_model_log_result_and_picture(call, images, tmp_path):
@@ -140,12 +140,14 @@ def test_the_seconds_of_an_epoch_wait_for_the_device(call, tmp_path, monkeypatch
 
 
 def test_a_run_that_is_stopped_while_a_model_is_kept_keeps_it_when_it_goes_on(call, tmp_path):
-    def stop(*given):
-        raise KeyboardInterrupt
+    def stop(path, save):
+        if path.name == "epoch-2.pt":
+            raise KeyboardInterrupt
+        write(path, save)
 
     command = "train", "--epochs", 2, "--keep-every", 2, "--out", tmp_path
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "keep", stop)
+        patch.setattr("support.run.write", stop)
         call(*command)
     call(*command)
     assert (tmp_path / "epoch-2.pt").exists()
