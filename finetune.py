@@ -170,7 +170,7 @@ def start_from(args):
     kept = args.keep_blocks or sizes["depth"]
     limits = {"keep_blocks": sizes["depth"], "trainable_blocks": kept, "reinit_blocks": kept}
     for name, depth in limits.items():
-        holds = (getattr(args, name) or 0) <= depth
+        holds = not getattr(args, name) or getattr(args, name) <= depth
         require(holds, f"{options.option(name)}: the encoder has {depth} blocks")
     sizes |= {"depth": kept, "taps": (kept,)}
     return options.naming_option(Config, **sizes), weights
@@ -269,11 +269,12 @@ def nearest_neighbours(features, labels, queries, classes, k):
     """Classes by weighted nearest neighbours (Wu et al. 2018): (n, D), (n,), (Q, D) → (Q,).
     Each of the k most similar features adds exp((cosine − 1) / 0.07) to its label. Features are
     standardised: what all images share, most of a feature, would drown what tells them apart."""
+    k = min(k, len(features))
     deviation, mean = torch.std_mean(features, dim=0)  # two (D,)
     features, queries = (F.normalize((x - mean) / (deviation + 1e-6)) for x in (features, queries))
     found = []
     for some in queries.split(EVALUATION_BATCH):
-        cosine, nearest = (some @ features.T).topk(min(k, len(features)), dim=1)  # (B, k) each
+        cosine, nearest = (some @ features.T).topk(k, dim=1)            # two (B, k)
         votes = torch.zeros(len(some), classes, device=some.device)     # (B, classes)
         votes.scatter_add_(1, labels[nearest], ((cosine - 1) / 0.07).exp())
         found.append(votes.argmax(dim=1))
@@ -372,9 +373,10 @@ def main(argv=None):
         with machine.autocast():
             features, labels = all_features(model.features, images)
             queries, wanted = all_features(model.features, held_out)
-        found = nearest_neighbours(features, labels, queries, len(classes), args.knn_k)
+        k = min(args.knn_k, len(images))
+        found = nearest_neighbours(features, labels, queries, len(classes), k)
         accuracy = (found == wanted).float().mean().item()
-        machine.print(f"{args.knn_k} nearest neighbours: accuracy {accuracy:.2%}")
+        machine.print(f"{k} nearest neighbours: accuracy {accuracy:.2%}")
         return run.write_result({"val_accuracy": accuracy})
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)

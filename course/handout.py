@@ -95,7 +95,7 @@ are done. If you know MAE, begin with course/EXERCISES.md.
 
 You write functions of deepmim.py and analyze.py and hand in these two files. Only the functions
 are graded: keep imports and helpers inside them. Solutions are public, in the project that this is
-a part of: write your own first. Some links in these files lead to parts of it that aren't here.
+a part of: write your own first. Some links in course/ lead to parts of it that aren't here.
 """
 
 

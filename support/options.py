@@ -98,7 +98,8 @@ class Parser(argparse.ArgumentParser):
                 holds = value is None or low <= value < high
                 require(holds, f"{option(name)}: {value} must be at least {low} and below {high}")
         low, high = getattr(args, "value_range", None) or (0, 1)
-        require(low < high, f"--value-range: {low}, of black, must be below {high}, of white")
+        require(-math.inf < low < high < math.inf,
+                f"--value-range: {low}, of black, must be below {high}, of white")
         if presets:
             own = args.lr or args.blr or args.optimizer == recipe.get("optimizer", "adamw")
             require(own, f"--optimizer: {args.optimizer} needs an --lr; the preset has another's")

@@ -152,6 +152,7 @@ BOTH = [
     "--epoch 3 → --epoch", "--data nowhere → 'nowhere' is neither", "--data FILE → --data",
     "--out FILE", "--out FILE/run", "--out DATA/train/run → lies in --data",
     "--out DATA → lies in --data", "--value-range 9 1 → --value-range: 9.0, of black",
+    "--value-range 0 inf → --value-range: 0.0",
     "--value-range 9 → --value-range: expected 2", "--dim 18 → --dim: 18 must be divisible by 4",
     "--depth 0 → --depth: 0 must be 1 or more",
     "--heads 3 → --dim: 16 must be divisible by heads, 3", "--channels 2 → --channels: images",
@@ -189,7 +190,8 @@ TRAIN = [
     "--target features --teacher OTHER → OTHER", "--target features --teacher nowhere.pt → no such",
     "--keep-every 0"]
 FINETUNE = [
-    "--init MODEL --scratch → not allowed with", "--init MODEL --patch-size 4 → --patch-size",
+    "--scratch --depth -1 → --depth: -1 must be", "--init MODEL --scratch → not allowed with",
+    "--init MODEL --patch-size 4 → --patch-size",
     "--init MODEL --dim 32 → --dim: MODEL has 16", "--init MODEL --heads 4 → --heads: MODEL has 2",
     "--init MODEL --image-size 9 → --image-size: 9 must be divisible by patch_size, 2",
     "--trainable-blocks 4", "--trainable-blocks -1", "--reinit-blocks 4", "--reinit-blocks -1",
