@@ -67,9 +67,9 @@ def find(name, machine, limit=None, hold_out=0.0, skip_damaged=False, workers=1,
 
 
 def find_held_out(name, machine, classes=None, value_range=None):
-    """The held-out Part of --data. Of a directory it is val/ or test/: class folders if
-    these are the classes asked for, images without labels if none are. Where it has neither, it is
-    what find holds out or, without train/, all images."""
+    """The held-out Part of --data. Of a directory it is val/ or test/: class folders if these are
+    the classes asked for, images without labels if none are. Where it has neither, it is what find
+    holds out or, without train/, all images."""
     root = Path(name)
     beside = [root / part for part in ("val", "test") if (root / part).is_dir()]
     if not name or name in SOURCES or (root / "train").is_dir() and not beside:
