@@ -232,6 +232,27 @@ def heads(args, encoders, batches):
     return figure, {"attention maps": similarity}
 
 
+def measure_blocks(encoder, train, held_out, tokens):
+    """Accuracy of a linear probe of each block, with standard error and strength, and of 20 nearest
+    neighbours, {name: depth numbers}; and which held-out images the probe got right, depth × (Q,).
+    """
+    def features(images):
+        return torch.stack(block_features(encoder, images, tokens), dim=1)  # (B, depth, p)
+    (xs, labels), (queries, wanted) = (all_features(features, part) for part in (train, held_out))
+    names, right = ("accuracy", "standard_error", "strength", "nearest_neighbours"), []
+    found = {name: [] for name in names}
+    for x, asked in zip(xs.unbind(dim=1), queries.unbind(dim=1)):           # (n, p), (Q, p)
+        classes, strength = best_probe(x, labels, asked)                    # (Q,)
+        right.append(classes == wanted)
+        accuracy = right[-1].double().mean().item()
+        near = nearest_neighbours(x, labels, asked, len(train.classes), k=20)  # (Q,)
+        found["accuracy"].append(accuracy)
+        found["standard_error"].append((accuracy * (1 - accuracy) / len(wanted)) ** 0.5)
+        found["strength"].append(strength)
+        found["nearest_neighbours"].append((near == wanted).double().mean().item())
+    return found, right
+
+
 def blocks(args, encoders, batches):
     """Accuracy of a linear probe of every block, fitted on training images, on held-out ones.
     The JSON has that of 20 nearest neighbours too, and differences from the first model. With
@@ -244,30 +265,15 @@ def blocks(args, encoders, batches):
         order = torch.randperm(len(part.labels), generator=randomness("blocks"))[:count]
         sets.append(data.prepare(part.take(order), config, machine, args.workers))
     require(len(sets[0]) > 2, f"--train-images: a probe needs 3 or more, not {len(sets[0])}")
-    numbers, right = {}, {}
+    numbers, right, pairs, groups = {}, {}, {}, {}
     for name, encoder in encoders.items():
-        def features(images, encoder=encoder):
-            return torch.stack(block_features(encoder, images, args.tokens), dim=1)
-        (xs, labels), (queries, wanted) = (all_features(features, part) for part in sets)
-        right[name], strengths, near = [], [], []
-        for x, asked in zip(xs.unbind(dim=1), queries.unbind(dim=1)):   # (n, p), (Q, p)
-            found, strength = best_probe(x, labels, asked)              # (Q,)
-            right[name].append(found == wanted)
-            strengths.append(strength)
-            found = nearest_neighbours(x, labels, asked, len(parts[0].classes), k=20)
-            near.append((found == wanted).double().mean().item())
-        accuracies = [x.double().mean().item() for x in right[name]]
-        errors = [(p * (1 - p) / len(wanted)) ** 0.5 for p in accuracies]
-        numbers[name] = {"accuracy": accuracies, "standard_error": errors, "strength": strengths,
-                         "nearest_neighbours": near}
-    first, pairs = next(iter(right)), {}
-    for name in list(right)[1:]:
+        numbers[name], right[name] = measure_blocks(encoder, *sets, args.tokens)
+        group = re.sub(r"[-_]?\d+$", "", name) if args.seeds else name
+        groups.setdefault(group, []).append(numbers[name]["accuracy"])
+    first, *others = right
+    for name in others:
         pairs[f"{name} − {first}"] = [paired_difference(a, b)
                                       for a, b in zip(right[name], right[first])]
-    groups = {}
-    for name, found in numbers.items():
-        group = re.sub(r"[-_]?\d+$", "", name) if args.seeds else name
-        groups.setdefault(group, []).append(found["accuracy"])
     figure, (axis,) = figures.panels(1, f"linear probe, {args.tokens} tokens, {args.data}", 6)
     means = {name: torch.tensor(values).mean(dim=0).tolist() for name, values in groups.items()}
     bands = {name: torch.tensor(values).aminmax(dim=0) for name, values in groups.items()}

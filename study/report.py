@@ -20,6 +20,7 @@ from support.run import make_directory, write, write_json
 ARMS = {  # in the order of tables and colours
     "mae": "MAE", "deepmim": "DeepMIM", "hybrid": "DeepMIM, hybrid targets",
     "shallow": "DeepMIM, decoders of one block", "mae-long": "MAE, DeepMIM's compute",
+    "deepmim-long": "DeepMIM, as many epochs as that",
     "mae-hog": "MAE, HOG", "deepmim-hog": "DeepMIM, HOG",
     "mae-features": "MAE, features", "deepmim-features": "DeepMIM, features",
     "mae-labels": "MAE, fine-tuned features", "deepmim-labels": "DeepMIM, fine-tuned features",
@@ -196,8 +197,9 @@ def draw(found, out):
                 means[name] = xs, list(map(statistics.fmean, values))
                 bands[name] = list(map(min, values)), list(map(max, values))
         if means:
-            several = any(lows != highs for lows, highs in bands.values())
-            seeds = "bands: lowest to highest seed; others have one" if several else "one seed"
+            wide = [lows != highs for lows, highs in bands.values()]
+            seeds = "bands: lowest to highest seed" if any(wide) else "one seed"
+            seeds += "; others have one" if any(wide) and not all(wide) else ""
             figure, (axis,) = figures.panels(1, f"{title}; {seeds}", width=7)
             figures.lines(axis, means, xlabel, ylabel, bands)
             names.append(f"study-{measure.replace(' ', '-')}.png")

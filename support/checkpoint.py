@@ -173,9 +173,9 @@ def load_frozen(path, device="cpu", decoders=False, heads=None, norm_pix=True):
     return model.requires_grad_(False).eval().to(device)
 
 
-def exported(path, to):
-    """The weights of a model of ours under the names of timm, of MAE's code, or of Hugging Face."""
-    config, state, _ = read_model(path)
+def exported(weights, to):
+    """Weights of a model of ours under the names of timm, of MAE's code, or of Hugging Face."""
+    config, state, path = weights
     encoder = {name.removeprefix("encoder."): value for name, value in state.items()
                if not name.startswith("decoders.")}
     if to == "timm":
@@ -200,7 +200,8 @@ def main(argv=None):
     parser.add_argument("--to", required=True, choices=("timm", "mae", "hf"), help="whose names")
     args = parser.parse(argv)
     require(args.out.parent.is_dir(), f"{args.out}: there is no directory to write it to")
-    content = exported(args.model, args.to)
+    weights = read_model(args.model)
+    content = exported(weights, args.to)
     if args.out.suffix == ".safetensors":
         try:
             from safetensors.torch import save
@@ -209,7 +210,9 @@ def main(argv=None):
         write(args.out, lambda file: file.write(save(content.get("model", content))))
     else:
         write(args.out, lambda file: torch.save(content, file))
-    print(args.out)
+    untold = ("heads",) if args.to == "timm" else ("heads", "decoder_heads", "norm_pix")
+    values = ", ".join(f"{name} {getattr(weights.config, name)}" for name in untold)
+    print(f"{args.out}; not in it, so to be said where it is used: {values}")
 
 
 if __name__ == "__main__":

@@ -182,6 +182,10 @@ def test_held_out_images_are_those_of_find_or_all_without_train(images, tmp_path
     (tmp_path / "train" / "empty").mkdir(parents=True)  # which find refuses
     (tmp_path / "val").symlink_to(images / "val")
     assert len(data.find_held_out(tmp_path, Machine(CPU)).items) == len(held_out.items)
+    (tmp_path / "test").symlink_to(images / "train")  # beside val/ it is no one's, but can be asked
+    assert len(data.find_held_out(tmp_path, Machine(CPU)).items) == len(held_out.items)
+    classes = held_out.classes
+    assert len(data.find_held_out(tmp_path / "test", Machine(CPU), classes).items) == 18
     plain = data.find_held_out(images / "train", Machine(CPU))
     assert plain.items == train.items and plain.labels.tolist() == [-1] * 18
     for name, words in (("", "neither shapes, cifar10"), ("missing", "missing: it can't be")):

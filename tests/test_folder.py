@@ -119,7 +119,7 @@ def test_links_to_folders_are_followed_once_each_and_cycles_end(tmp_path):
     assert sum("/a/1.png" in path for path in train.items) == 1
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("mode, value, options", [
     ("1", 1, {}), ("L", 90, {}), ("P", 90, {}), ("P", 90, {"transparency": bytes(9)}),
     ("LA", (90, 3), {}), ("RGB", (90, 90, 90), {}), ("RGBA", (90, 90, 90, 7), {}),

@@ -24,12 +24,12 @@ DECODER = dict(decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_
                decoder_intermediate_size=64)
 
 
-@pytest.fixture
-def hugging_face():
+@pytest.fixture(params=[True, False], ids=["norm_pix", "plain pixels"])
+def hugging_face(request):
     """A ViTMAEForPreTraining of transformers, with weights that no initialisation has."""
     transformers = pytest.importorskip("transformers", minversion="5")
     torch.manual_seed(0)
-    config = transformers.ViTMAEConfig(**SIZES, **DECODER, norm_pix_loss=True)
+    config = transformers.ViTMAEConfig(**SIZES, **DECODER, norm_pix_loss=request.param)
     return perturbed(transformers.ViTMAEForPreTraining(config)).eval()
 
 
@@ -41,8 +41,9 @@ def test_an_mae_of_hugging_face_becomes_a_model(hugging_face, tmp_path, how):
     else:
         path = tmp_path / "pytorch_model.bin"
         torch.save(hugging_face.state_dict(), path)
-    model = checkpoint.load_frozen(path, decoders=True, heads=2)
-    assert model.config == replace(MAE, norm_pix=True, decoder_dim=16)
+    norm_pix = hugging_face.config.norm_pix_loss
+    model = checkpoint.load_frozen(path, decoders=True, heads=2, norm_pix=norm_pix)
+    assert model.config == replace(MAE, norm_pix=norm_pix)
     output, expected = model(IMAGES, NOISE), hugging_face(IMAGES, noise=NOISE)
     torch.testing.assert_close(output.loss, expected.loss, atol=1e-4, rtol=1e-4)
     hidden = expected.logits.gather(1, output.ids_hide[:, :, None].expand(-1, -1, 12))
@@ -86,11 +87,13 @@ def test_a_vit_of_hugging_face_gives_the_same_tokens(tmp_path, kind):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_a_model_of_ours_becomes_hugging_faces(hugging_face, tmp_path, suffix):
-    model = perturbed(DeepMIM(replace(TINY, decoder_dim=16, decoder_heads=16, decoder_depth=2)))
+def test_a_model_of_ours_becomes_hugging_faces(hugging_face, tmp_path, suffix, capsys):
+    norm_pix = hugging_face.config.norm_pix_loss
+    model = perturbed(DeepMIM(replace(MAE, taps=TINY.taps, norm_pix=norm_pix)))
     torch.save({"config": vars(model.config), "model": model.state_dict()}, tmp_path / "model.pt")
     path = tmp_path / f"theirs{suffix}"
     checkpoint.main([f"{tmp_path}/model.pt", f"{path}", "--to", "hf"])
+    assert f"heads 2, decoder_heads 16, norm_pix {norm_pix}\n" in capsys.readouterr().out
     hugging_face.load_state_dict(checkpoint.read(path), strict=True)
     expected, output = hugging_face(IMAGES, noise=NOISE), model(IMAGES, NOISE)
     torch.testing.assert_close(output.losses[-1], expected.loss, atol=1e-4, rtol=1e-4)
@@ -184,7 +187,7 @@ def test_heads_are_read_or_the_guess_is_told(call, tmp_path, capsys):
     for name in ("model.pt", "last.pt"):
         assert checkpoint.read_model(tmp_path / name).config.heads == 6
     checkpoint.main([f"{tmp_path}/model.pt", f"{tmp_path}/vit.pth", "--to", "timm"])
-    capsys.readouterr()
+    assert capsys.readouterr().out.endswith("said where it is used: heads 6\n")
     call("finetune", "--init", tmp_path / "vit.pth", "--epochs", 1, "--out", tmp_path / "tuned")
     assert "vit.pth (taken to have 3 heads, as is usual at its width)" in capsys.readouterr().out
 
@@ -214,7 +217,7 @@ def test_the_reason_of_a_refusal_names_its_cause(tmp_path):
 
 
 def test_mae_names_are_those_of_its_code():
-    """Names and order of shapes as printed by MAE's models_mae.py, written down here."""
+    """As models_mae.py of MAE's code prints them, but for those of blocks, written down here."""
     state = mae_state(DeepMIM(MAE))
     assert {name for name in state if "blocks" not in name} == {
         "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight",

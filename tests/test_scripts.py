@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from conftest import AUGMENTED, arguments_of, differing, log, stopped_before, wr
 from test_train import assert_step_of_the_whole_batch
 
 import analyze
-from benchmarks import kills
 from support.options import BadInput, RunFailed
 
 pytestmark = pytest.mark.slow
@@ -72,6 +70,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(call, images, tmp_path)
 @pytest.mark.parametrize("script, which", [
     ("train", "model.pt"), ("train", "last.pt"), ("finetune", "last.pt")])
 def test_a_full_disk_costs_an_epoch_at_most(call, tmp_path, script, which):
+    resource = pytest.importorskip("resource")
     whole, out = tmp_path / "whole", tmp_path / "cut"
     call(script, "--out", whole)
     with stopped_before(2):
@@ -160,6 +159,7 @@ def test_the_same_command_gives_the_same_weights_with_any_workers(call, tmp_path
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py"])
 def test_three_kills_change_nothing(script, tmp_path):
+    from benchmarks import kills  # not for Windows
     row = kills.survive(script, kills.make_images(tmp_path), tmp_path, 3, random.Random(0))
     assert row["kills"] == 3 and row["epochs_at_last_kill"] < row["epochs"]
     assert row["weights_identical"] and row["log_has_each_epoch_once"]

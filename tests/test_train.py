@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, differing, log, scaler, weights
+from conftest import TINY, differing, log, scaler, weights, write_folder, write_noise
 from PIL import Image
 
 import train
@@ -44,10 +44,14 @@ def test_pictures_are_drawn_when_the_run_says_so(call, monkeypatch, tmp_path):
 def test_training_images_move_as_asked_and_eight_others_are_read(call, tmp_path, monkeypatch):
     prepare = Mock(wraps=data.prepare)
     monkeypatch.setattr(data, "prepare", prepare)
-    call("train", "--shift", 3, "--epochs", 1, "--out", tmp_path)
+    folder = write_folder(tmp_path / "images")
+    for name in ("cat", "dog"):
+        for i in range(6, 9):
+            write_noise(folder / "val" / name / f"{i}.png")
+    call("train", "--data", folder, "--shift", 3, "--epochs", 1, "--out", tmp_path / "run")
     training, held_out = (given.args for given in prepare.call_args_list)
     assert training[4:] == (3,) and held_out[4:] == ()
-    assert len(held_out[0].labels) == 8  # of 12: no more than are drawn
+    assert held_out[0].labels.tolist() == [0] * 5 + [1] * 3  # every second, not the first eight
 
 
 def test_mae_is_one_tap_and_teaches_hybrid_targets(call, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from course import notebook, tutorial
+from support import data
 from support.options import BadInput
 
 COURSE = Path(tutorial.__file__).parent
@@ -49,6 +50,14 @@ def test_what_is_no_image_is_refused(tmp_path, content):
     with pytest.raises(BadInput, match="^--image: .*notes.jpg can't be read"):
         tutorial.main(["--image", str(path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_photograph_of_ones_own_is_cut_to_its_middle(tmp_path):
+    pixels = np.zeros((60, 90, 3), "u1")
+    pixels[:, 15:75] = 255  # the middle square is white
+    Image.fromarray(pixels).save(tmp_path / "own.png")
+    found = tutorial.photograph(tmp_path / "own.png")
+    assert found.shape == (1, 3, 32, 32) and data.to_pixels(found).min() > 0.99
 
 
 def test_the_notebook_is_the_tutorial():
