@@ -40,7 +40,8 @@ for number, folder in enumerate(folders):
         os.chdir(folder)
         sys.stdout = open("outcomes", "w")
         tests = pathlib.Path("graders").read_text().split()
-        status = pytest.main(["-q", "-rA", "--rootdir=.", "-p", "no:cacheprovider", *tests])
+        status = pytest.main(["-q", "-rA", "--tb=no", "--assert=plain", "--rootdir=.",
+                              "-p", "no:cacheprovider", *tests])
         sys.stdout.flush()
         os._exit(status)
 for _ in folders[:cores]:
