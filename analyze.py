@@ -239,8 +239,8 @@ def measure_blocks(encoder, train, held_out, tokens):
     def features(images):
         return torch.stack(block_features(encoder, images, tokens), dim=1)  # (B, depth, p)
     (xs, labels), (queries, wanted) = (all_features(features, part) for part in (train, held_out))
-    names, right = ("accuracy", "standard_error", "strength", "nearest_neighbours"), []
-    found = {name: [] for name in names}
+    found = {"accuracy": [], "standard_error": [], "strength": [], "nearest_neighbours": []}
+    right = []
     for x, asked in zip(xs.unbind(dim=1), queries.unbind(dim=1)):           # (n, p), (Q, p)
         classes, strength = best_probe(x, labels, asked)                    # (Q,)
         right.append(classes == wanted)

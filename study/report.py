@@ -197,9 +197,10 @@ def draw(found, out):
                 means[name] = xs, list(map(statistics.fmean, values))
                 bands[name] = list(map(min, values)), list(map(max, values))
         if means:
-            wide = [lows != highs for lows, highs in bands.values()]
-            seeds = "bands: lowest to highest seed" if any(wide) else "one seed"
-            seeds += "; others have one" if any(wide) and not all(wide) else ""
+            has_band = [lows != highs for lows, highs in bands.values()]
+            seeds = "bands: lowest to highest seed" if any(has_band) else "one seed"
+            if any(has_band) and not all(has_band):
+                seeds += "; others have one"
             figure, (axis,) = figures.panels(1, f"{title}; {seeds}", width=7)
             figures.lines(axis, means, xlabel, ylabel, bands)
             names.append(f"study-{measure.replace(' ', '-')}.png")
