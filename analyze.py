@@ -258,6 +258,8 @@ def blocks(args, encoders, batches):
     The JSON has that of 20 nearest neighbours too, and differences from the first model. With
     --seeds, models whose names differ in a last number only are one line, with a band."""
     machine, config = Machine(find_device(args.device)), next(iter(encoders.values())).config
+    depths = {encoder.config.depth for encoder in encoders.values()}
+    require(not args.seeds or len(depths) == 1, "--seeds: models have different depths")
     parts = data.find(args.data, machine, value_range=args.value_range)
     require(parts[0].classes and parts[1].classes, f"--data: {args.data} has no classes to tell")
     sets = []
@@ -290,8 +292,8 @@ def reconstruct(args, models, batches):
     config, losses, drawn = model.config, 0.0, None
     settle_target(args)
     targets = make_targets(config, args, Machine(device))
-    require(targets.target_dim == config.target_dim, f"--target: {args.models[0]} predicts "
-            f"{config.target_dim or 'pixels'}, {args.target} are {targets.target_dim or 'pixels'}")
+    require(targets.target_dim == config.target_dim, f"--target: {args.models[0]} was not trained "
+            f"to predict {args.target}; say --target, and --teacher, of its training")
     for number, images in enumerate(batches):
         noise = torch.rand(len(images), config.patches, generator=randomness("pictures", number))
         output = model(images, noise.to(device), targets)

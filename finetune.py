@@ -226,7 +226,7 @@ def train_epoch(model, images, optimizers, scaler, schedule, epoch, args, machin
         scaler.update()
         model.zero_grad(set_to_none=True)
         bar.update(args.batch_size)
-        if machine.device.type == "cpu" or step % 10 == 9:  # a GPU has to wait for it
+        if machine.device.type == "cpu" or step % 10 == 9:  # reading a loss makes a GPU wait
             check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, ["the loss"])
             bar.set_postfix(loss=f"{losses[step].item():.4f}", lr=f"{lr:.1e}", refresh=False)
     bar.close()
@@ -245,14 +245,15 @@ def evaluate(model, images, machine):
     for batch, labels in images.batches(chunks):
         with machine.autocast():
             logits = model(batch).float()
-        best = logits.topk(min(5, n)).indices                                   # (B, 5)
+        five = logits.topk(min(5, n)).indices                                   # (B, 5)
         totals[0] += F.cross_entropy(logits, labels, reduction="sum")
-        totals[1] += (best == labels[:, None]).sum()
-        taken_for += torch.bincount(n * labels + best[:, 0], minlength=n * n).view(n, n)
-    loss, among = (machine.all_reduce_mean(totals) * machine.world / len(images)).tolist()
+        totals[1] += (five == labels[:, None]).sum()
+        taken_for += torch.bincount(n * labels + five[:, 0], minlength=n * n).view(n, n)
+    # The sum over processes is their mean times how many they are.
+    loss, top5 = (machine.all_reduce_mean(totals) * machine.world / len(images)).tolist()
     taken_for = (machine.all_reduce_mean(taken_for) * machine.world).round()
     record = {"val_loss": loss, "val_accuracy": taken_for.trace().item() / len(images)}
-    return record if n < 10 else {**record, "val_top5": among}, taken_for
+    return record if n < 10 else {**record, "val_top5": top5}, taken_for
 
 
 @torch.no_grad()
@@ -298,6 +299,8 @@ def load_classifier(args, machine):
 
 def evaluate_checkpoint(args, machine):
     """--eval: write loss, accuracies and confusions on the held-out images of --data."""
+    holds = (Path(args.out) / "last.pt").exists()
+    require(not holds, f"--out: {args.out} holds a run, whose result.json would be lost")
     model, classes, value_range = load_classifier(args, machine)
     part = data.find_held_out(args.data, machine, classes, value_range)
     if args.skip_damaged and args.data not in data.SOURCES:

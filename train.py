@@ -56,11 +56,11 @@ def parse(argv):
     args = parser.parse(argv, PRESETS)
     settle_target(args)
     if args.method == "mae":
-        require(args.target != "hybrid", "--teacher: --method mae has no intermediate decoders to "
-                "ask; --target features, maybe")
         left_out = args.taps in (Config.taps, (args.depth,))
         require(left_out, "--taps: --method mae has one tap, the last block; leave the option out")
         args.taps = (args.depth,)
+    require(args.target != "hybrid" or len(args.taps) > 1, "--teacher: with one tap there is no "
+            "intermediate decoder to ask; --target features, maybe")
     name = args.method if args.target == "pixels" else f"{args.method}-{args.target}"
     args.out = args.out or f"runs/{args.preset}-{name.removeprefix('deepmim-')}"
     options.check_run(args)
@@ -118,7 +118,7 @@ def train_epoch(model, targets, images, optimizers, scaler, schedule, epoch, con
         scaler.update()
         model.zero_grad(set_to_none=True)
         bar.update(batch_size)
-        if machine.device.type == "cpu" or step % 10 == 9:  # a GPU has to wait for it
+        if machine.device.type == "cpu" or step % 10 == 9:  # reading a loss makes a GPU wait
             check_finite(machine.all_reduce_mean(losses[: step + 1]), epoch, names)
             bar.set_postfix(loss=f"{losses[step].sum():.4f}", lr=f"{lr:.1e}", refresh=False)
     bar.close()
@@ -158,7 +158,8 @@ def main(argv=None):
         depth = weights.config.depth
         require(depth == config.depth, f"--depth: {args.init} has {depth} blocks")
         taps = ", ".join(map(str, checkpoint.load_whole(model, weights))) or "none"
-        machine.print(f"encoder of {weights.name}, and its decoders after blocks: {taps}")
+        machine.print(f"encoder of {weights.name}, with {args.heads} heads, and its decoders after "
+                      f"blocks: {taps}")
     model.to(machine.device)
     steps = len(images) // args.batch_size
     schedule = make_schedule(args.lr, args.epochs, args.warmup_epochs, steps)

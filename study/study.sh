@@ -190,4 +190,13 @@ for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
 train deepmim-long 0 $DEEP --epochs "$equal"
 look long-0 blocks deepmim-long-0/model.pt
 tune deepmim-long 0 cut-${CUT##* } --keep-blocks ${CUT##* }
+# The other seeds of the arms that take longest.
+for seed in ${SEEDS#0}; do
+    train mae-long $seed --method mae --epochs "$equal"
+    train hybrid $seed $DEEP --teacher $RUNS/mae-$seed/model.pt
+    for arm in mae-long hybrid; do
+        look $arm-$seed/probe blocks $arm-$seed/model.pt
+        tune $arm $seed cut-${CUT##* } --keep-blocks ${CUT##* }
+    done
+done
 report

@@ -33,7 +33,7 @@ class Weights(NamedTuple):
 
 def read(path):
     """What torch.save, or safetensors, put into a file, without running any code of the file's."""
-    require(Path(path).is_file(), f"{path or '--init'}: no such file; a model.pt is needed")
+    require(Path(path).is_file(), f"{path}: no such file; a model.pt is needed")
     try:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file  # only who opens such a file needs it

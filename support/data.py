@@ -72,7 +72,7 @@ def find_held_out(name, machine, classes=None, value_range=None):
     holds out or, without train/, all images."""
     root = Path(name)
     beside = [root / part for part in ("val", "test") if (root / part).is_dir()]
-    if not name or name in SOURCES or (root / "train").is_dir() and not beside:
+    if name in SOURCES or (root / "train").is_dir() and not beside:
         return find(name, machine, value_range=value_range)[1]
     part = folder.labelled((beside or [root])[0], machine, classes or [])
     return part._replace(value_range=value_range)
@@ -106,7 +106,8 @@ def epoch_order(n, batch_size, seed, epoch):
 
 
 def epoch_steps(images, batch_size, accumulate, seed, epoch, machine):
-    """For each step of an epoch, an iterator over this process's parts of it: (images, labels)."""
+    """For each step of an epoch, an iterator over this process's parts of it: (images, labels).
+    To be read to its end before the next one: all take from one stream."""
     order = epoch_order(len(images), batch_size, seed, epoch)
     parts = [part for batch in order for part in machine.shard(batch).chunk(accumulate)]
     batches = images.batches(parts, (seed, epoch))
@@ -205,7 +206,7 @@ class Streamed:
     """Image files, decoded as they are needed by `workers` processes that live as long as it."""
     def __init__(self, part, image_size, channels, device, workers, crop_scale, further):
         self.part, self.classes, self.device = part, part.classes, device
-        self.keys = []  # of Files: the batches that the loader asks for next
+        self.keys = []  # a list for each batch, which the loader reads anew in each pass
         files = Files(part, image_size, channels, crop_scale, further)
         self.loader = DataLoader(
             files, batch_sampler=self.keys, num_workers=workers, persistent_workers=workers > 0,
@@ -216,9 +217,7 @@ class Streamed:
 
     def raw_batches(self, indices, seed=None):
         """As batches, but uint8 and on the CPU."""
-        self.keys.clear()
-        for ids in indices:
-            self.keys.append([(index, seed) for index in ids.tolist()])
+        self.keys[:] = [[(index, seed) for index in ids.tolist()] for ids in indices]
         try:
             yield from self.loader
         except BadInput as error:  # from a worker, its message is the last line of a traceback

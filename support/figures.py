@@ -46,11 +46,11 @@ def reconstructions(config, images, output, targets):
     last tap's target, so that colours can be compared."""
     ids_hide, wanted = output.ids_hide, targets(images, output.ids_keep, output.ids_hide)
     hidden = take_patches(patchify(images, config.patch_size), ids_hide)  # (B, N − V, P·P·C)
-    def picture(patches, norm_pix=config.norm_pix):
+    def picture(patches):
         if config.target_dim is None:
-            return to_pixels(paint(patches, images, ids_hide, config.patch_size, norm_pix))
+            return to_pixels(paint(patches, images, ids_hide, config.patch_size, config.norm_pix))
         colours = as_colours(patches, wanted[-1]).repeat(1, 1, config.patch_size**2)
-        grey = torch.full_like(to_pixels(images[:, :1]), 0.5).expand(-1, 3, -1, -1)
+        grey = torch.full_like(images[:, :1], 0.5).expand(-1, 3, -1, -1)
         return paint(colours, grey, ids_hide, config.patch_size, norm_pix=False)
     visible = paint(torch.zeros_like(hidden), images, ids_hide, config.patch_size, norm_pix=False)
     columns = {"image": to_pixels(images), "visible": to_pixels(visible)}

@@ -62,7 +62,8 @@ def find(root, machine):
     """(the Part to train on, the Part held out) of a directory. Raises BadInput.
     root/train/<class>/* with root/val or root/test beside it has labels. A root without train/, or
     without class folders in it, has none; one image in twenty is held out if neither is there."""
-    holds, train, beside = root and Path(root).is_dir(), Path(root) / "train", []
+    train, beside = Path(root) / "train", []
+    holds = Path(root).is_dir()
     require(holds, f"--data: {str(root)!r} is neither shapes, cifar10, nor a directory")
     if train.is_dir():
         part = labelled(train, machine)
@@ -89,7 +90,7 @@ def labelled(directory, machine, classes=None):
     differ = sorted(set(classes) ^ set(found)) if classes else ()
     require(not differ, f"{directory}: it must have the classes of the training images; "
             f"{len(differ)} are in one only, such as {', '.join(differ[:3])}")
-    stray = [path for path in inside if path.suffix.lower() in SUFFIXES]
+    stray = [path for path in inside if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
     require(not (classes and stray), f"{directory}: images lie beside class folders ({len(stray)})")
     paths, labels, others = [], [], Counter()
     for label, name in enumerate(classes) if classes else [(-1, "")]:

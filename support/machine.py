@@ -84,12 +84,13 @@ def start(device=None, amp=True, batch_size=0, accumulate=1):
 
 def find_device(name=None):
     """The torch.device called name, or the fastest; of several GPUs this process's own."""
-    rank, local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     mps = torch.backends.mps.is_available()
     name = name or ("cuda" if gpus else "mps" if mps else "cpu")
-    there = {"cuda": local <= gpus, "mps": mps, "cpu": True}[name]  # the same in all processes
-    require(there, f"--device: there is no {name} device for each of {local} processes here")
+    there = {"cuda": processes <= gpus, "mps": mps, "cpu": True}[name]  # the same in all processes
+    require(there, f"--device: there is no {name} device for each of {processes} processes here")
     if name == "cuda":
         torch.cuda.set_device(rank)
         torch.set_float32_matmul_precision("high")
@@ -97,7 +98,7 @@ def find_device(name=None):
 
 
 def mixed_precision(device):
-    """bfloat16 where hardware has it (of a CPU torch 2.9 can't tell), float16 on older GPUs."""
+    """bfloat16 where hardware has it, of CPUs only x86 is asked; float16 on older GPUs."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float16

@@ -93,9 +93,9 @@ def make_optimizers(model, name, weight_decay, beta2, dtype, lr_scale=lambda nam
             share *= BESIDE_MUON
         # Matrices decay; biases, norms, tokens and positions don't.
         decays = parameter.ndim > 1 and not parameter_name.endswith(("token", "pos_embed"))
-        key = share, weight_decay if decays else 0.0, parts
-        group = {"params": [], "lr_scale": key[0], "weight_decay": key[1], "parts": parts}
-        groups[kind].setdefault(key, group)["params"].append(parameter)
+        decay = weight_decay if decays else 0.0
+        group = {"params": [], "lr_scale": share, "weight_decay": decay, "parts": parts}
+        groups[kind].setdefault((share, decay, parts), group)["params"].append(parameter)
     muon, adamw = (list(by_key.values()) for by_key in groups.values())
     optimizers = [Muon(muon, dtype)] if muon else []
     return [*optimizers, torch.optim.AdamW(adamw, lr=0.0, betas=(0.9, beta2), fused=True)]

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from deepmim import Config
 
-BUILT_IN = ("shapes", "cifar10")  # values of --data that are no directory
 MODEL_FIELDS = dataclasses.fields(Config)[:-1]  # the last, target_dim, follows from the targets
 RANGES = {  # of numbers: the least value and what they must be below, and the options
     (1, math.inf): "accumulate batch_size block epochs images keep_blocks keep_every "
@@ -92,6 +91,8 @@ class Parser(argparse.ArgumentParser):
         lr, blr = recipe.pop("lr"), recipe.pop("blr")
         self.set_defaults(**recipe)
         args = self.parse_args(argv)
+        for name, value in vars(args).items():
+            require(value != "", f"{option(name)}: it is empty")
         for (low, high), names in RANGES.items():
             for name in names.split():
                 value = getattr(args, name, None)
@@ -183,6 +184,8 @@ def config_from(args):
 
 def check_run(args):
     """Raise BadInput where warm-up takes all epochs, or the run would lie among its images."""
-    require((args.warmup_epochs or 0) < args.epochs, "--warmup-epochs: it must be below --epochs")
-    inside = Path(args.out).resolve().is_relative_to(Path(args.data).resolve())
-    require(args.data in ("", *BUILT_IN) or not inside, f"--out: {args.out} lies in --data")
+    require((args.warmup_epochs or 0) < args.epochs,
+            f"--warmup-epochs: {args.warmup_epochs} must be below --epochs, {args.epochs}")
+    out, images = Path(args.out).resolve(), Path(args.data).resolve()
+    require(not (images.is_dir() and out.is_relative_to(images)),
+            f"--out: {args.out} lies in --data")

@@ -137,7 +137,7 @@ class Run:
 
     def finish_epoch(self, record, content):
         """Write content as model.pt, every keep_every-th epoch in half precision as epoch-N.pt too,
-        then log.jsonl, last.pt and at the end result.json. Raises RunFailed."""
+        then log.jsonl, after the last epoch result.json, and last.pt. Raises RunFailed."""
         model, optimizers, scaler = self.parts
         record = {"epoch": len(self.history) + 1, **record}
         figures = {name: value for name, value in record.items() if isinstance(value, float)}

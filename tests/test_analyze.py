@@ -360,8 +360,8 @@ def test_reconstruct_shows_other_targets_than_pixels(call, tmp_path):
     features = call(f"reconstruct {tmp_path}/features.pt --target features --teacher deep.pt")
     for found in (hog, features):
         assert all(0 < tap["loss"] < 5 for tap in found["decoders"].values())
-    for words, line in (("predicts 27, pixels are pixels", f"reconstruct {tmp_path}/hog.pt"),
-                        ("predicts pixels, hog are 27", "reconstruct deep.pt --target hog"),
+    for words, line in (("not trained to predict pixels", f"reconstruct {tmp_path}/hog.pt"),
+                        ("not trained to predict hog", "reconstruct deep.pt --target hog"),
                         ("features needs one", "reconstruct deep.pt --target features")):
         with pytest.raises(BadInput, match=words):
             call(line)
@@ -403,6 +403,10 @@ def test_blocks_command(call, place, tmp_path, monkeypatch):
     classes = tmp_path / "classes"
     found = call(f"blocks {tmp_path}/m-0.pt {tmp_path}/m-1.pt --seeds", images=classes)
     assert list(drawn.call_args.args[1]) == list(drawn.call_args.args[4]) == ["m"]  # with a band
+    torch.save(DeepMIM(Config(**{**TINY, "depth": 2, "taps": (2,)})).encoder.state_dict(),
+               tmp_path / "m-2.pt")
+    with pytest.raises(BadInput, match="--seeds: models have different depths"):
+        call(f"blocks {tmp_path}/m-0.pt {tmp_path}/m-2.pt --seeds --heads 2", images=classes)
     with pytest.raises(BadInput, match="--train-images: a probe needs 3"):
         call("blocks mae.pt --train-images 2", images=classes)
     assert found["training_images"] == 60 and found["images"] == 20

@@ -188,9 +188,8 @@ def test_held_out_images_are_those_of_find_or_all_without_train(images, tmp_path
     assert len(data.find_held_out(tmp_path / "test", Machine(CPU), classes).items) == 18
     plain = data.find_held_out(images / "train", Machine(CPU))
     assert plain.items == train.items and plain.labels.tolist() == [-1] * 18
-    for name, words in (("", "neither shapes, cifar10"), ("missing", "missing: it can't be")):
-        with pytest.raises(BadInput, match=words):
-            data.find_held_out(name, Machine(CPU))
+    with pytest.raises(BadInput, match="missing: it can't be"):
+        data.find_held_out("missing", Machine(CPU))
 
 
 @pytest.mark.parametrize("side, workers, name", [

@@ -323,9 +323,10 @@ def test_eval_writes_accuracy_by_class_and_confusions(call, images, pretrained, 
     for place, mode, words in (("val/cat", ["--eval"], "must have the classes"),
                                ("nowhere", ["--eval"], "nowhere: it can't be used"),
                                ("", ["--eval", "--dim", 16], "taken as it is; leave --dim out"),
+                               ("", ["--eval", "--out", tmp_path / "run"], "result.json would be"),
                                ("", ["--predict", tmp_path / "nowhere"], "it can't be used")):
         with pytest.raises(BadInput, match=words):
-            call("finetune", "--data", images / place, *mode, "--init", tuned, "--out", tmp_path)
+            call("finetune", "--data", images / place, "--init", tuned, "--out", tmp_path, *mode)
     results = []
     shutil.copytree(images / "val", tmp_path / "alone" / "test")  # no train/ beside it
     for place in (images, tmp_path / "alone", tmp_path / "alone" / "test"):

@@ -23,6 +23,7 @@ def test_folders_are_classes_whatever_their_names_and_links_are_followed(tmp_pat
         (root / part / "cat").rename(root / part / odd)
     (root / "train" / odd / "8.png").rename(root / "train" / odd / "8.PNG")
     (root / "train" / odd / "notes.txt").touch()
+    (root / "train" / "._cover.jpg").touch()  # a Mac's, hidden: no image beside class folders
     (root / "train" / "circle").symlink_to(root / "train" / "circle")
     (root / "val" / "dog").rename(tmp_path / "elsewhere")
     (root / "val" / "dog").symlink_to(tmp_path / "elsewhere")

@@ -190,6 +190,8 @@ def test_heads_are_read_or_the_guess_is_told(call, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("said where it is used: heads 6\n")
     call("finetune", "--init", tmp_path / "vit.pth", "--epochs", 1, "--out", tmp_path / "tuned")
     assert "vit.pth (taken to have 3 heads, as is usual at its width)" in capsys.readouterr().out
+    call("train", *wide, "--init", tmp_path / "vit.pth", "--out", tmp_path / "more")
+    assert "vit.pth, with 6 heads, and its decoders after blocks: none" in capsys.readouterr().out
 
 
 def test_init_takes_decoders_that_fit(call, pretrained, tmp_path, capsys):

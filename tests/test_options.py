@@ -42,7 +42,7 @@ def test_help_shows_defaults_where_there_are_any(capsys):
 @pytest.mark.parametrize("arguments, expected", [
     ([], 1e-2), (["--preset", "imagenet"], 1e-2), (["--lr", "3"], 3), (["--blr", "4"], 0.5)])
 def test_a_linear_probe_has_a_rate_of_its_own(arguments, expected):
-    args = finetune.parse(["--scratch", "--linear-probe", *arguments, "--data", ""])
+    args = finetune.parse(["--scratch", "--linear-probe", *arguments])
     assert args.lr == pytest.approx(expected) and args.optimizer == "adamw"
 
 
@@ -91,6 +91,13 @@ def test_a_run_may_lie_in_a_folder_that_is_called_like_built_in_data(out):
     ([], ""), (["--trainable-blocks", "0"], "-trainable-blocks-0"), (["--knn"], "-knn")])
 def test_every_mode_has_a_directory_of_its_own(mode, name):
     assert finetune.parse(["--init", "model.pt", *mode]).out == f"runs/shapes-finetune{name}"
+
+
+@pytest.mark.parametrize("name", ["--teacher", "--init", "--data", "--out"])
+def test_an_empty_value_is_not_taken_for_none(name):
+    """As from a shell's variable that isn't set: pixels would be trained in place of hybrids."""
+    with pytest.raises(BadInput, match=f"{name}: it is empty"):
+        train.parse([name, ""])
 
 
 @pytest.mark.parametrize("script, start", [(train, []), (finetune, ["--scratch"])])
@@ -147,7 +154,7 @@ BOTH = [
     "--batch-size 19 → 19 is more than the 18", f"--seed {2**64}", "--limit 0",
     "--limit 19 → --limit: 19 is more than", "--accumulate 0", "--accumulate 4 → --accumulate 4",
     "--beta2 1 → --beta2: 1.0 must be", "--weight-decay -1", "--shift 31",
-    "--warmup-epochs -1", "--warmup-epochs 2 → must be below",
+    "--warmup-epochs -1", "--warmup-epochs 2 → 2.0 must be below --epochs, 2",
     "--preset cifar11", "--preset", "--device tpu", "--device cuda → no cuda device", "--nonsense",
     "--epoch 3 → --epoch", "--data nowhere → 'nowhere' is neither", "--data FILE → --data",
     "--out FILE", "--out FILE/run", "--out DATA/train/run → lies in --data",
@@ -168,7 +175,8 @@ TRAIN = [
     "--alphas 0,1/0 --teacher MODEL", "--alphas 1e400,0 --teacher MODEL",
     "--teacher nowhere.pt → nowhere.pt: no such file", "--teacher FILE → FILE: not a checkpoint",
     "--teacher OTHER → OTHER", "--teacher NAN → NAN: cls_token holds NaN",
-    "--teacher MODEL --method mae", "--method mae --taps 1,3 → --taps: --method mae has one tap",
+    "--teacher MODEL --taps 3 → --teacher: with one tap",
+    "--method mae --taps 1,3 → --taps: --method mae has one tap",
     "--mask-ratio 0", "--mask-ratio 1", "--mask-ratio -0.5", "--mask-ratio 0.99",
     "--decoder-heads 3 → --decoder-dim: 8 must be divisible by decoder_heads", "--decoder-depth 0",
     "--init MODEL --depth 2 --taps 1,2 → has 3 blocks", "--init MODEL --dim 32 → model.pt",
@@ -186,7 +194,7 @@ TRAIN = [
     "--target features --teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
     "--target features --teacher MODEL --teacher-blocks 4 → --teacher-blocks: the teacher has only",
     "--target features --teacher MODEL --teacher-blocks 0 → blocks: 0",
-    "--target features --teacher NAN → NaN", "--target hybrid --method mae --teacher MODEL",
+    "--target features --teacher NAN → NaN", "--teacher MODEL --method mae --taps 3",
     "--target features --teacher OTHER → OTHER", "--target features --teacher nowhere.pt → no such",
     "--keep-every 0"]
 FINETUNE = [

@@ -8,12 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import DECODER, SIZES
+import torch
+import torch.nn.functional as F
+from conftest import DECODER, SIZES, TINY
 
 import analyze
 import finetune
 import train
-from study import recipe, report
+from deepmim import Config, DeepMIM
+from study import changes, recipe, report
 from support import options, shapes
 
 SCRIPTS = {"train.py": train, "finetune.py": finetune, "analyze.py": analyze}
@@ -225,3 +228,37 @@ def test_an_arm_of_the_recipe_sees_what_its_cost_allows(images, tmp_path, monkey
     assert 0 <= found["block_1"] <= 100 and found["loss"] > 0
     result = json.loads((tmp_path / "runs/recipe/arm/result.json").read_text())
     assert result["options"]["lr"] == 1e-3 and result["epoch"] == 6
+
+
+def test_changes_are_what_they_say():
+    """By the loss of the same weights: a quarter of three, and of tokens that are normalised."""
+    config, models = Config(**{**vars(TINY), "taps": (1, 2, 3)}), {}
+    for kind in (DeepMIM, changes.NormAtTaps, changes.SmallLosses):
+        torch.manual_seed(0)
+        models[kind] = kind(config)
+    images, noise = torch.randn(2, 3, 8, 8), torch.rand(2, 16)
+    plain, normed, small = (model(images, noise) for model in models.values())
+    a, b, last = plain.losses
+    torch.testing.assert_close(small.loss, (a + b) / 4 + last)
+    assert normed.losses[-1] == last and normed.losses[0] != a
+    ids = normed.ids_keep, normed.ids_hide
+    tokens = models[DeepMIM].encoder.forward_intermediates(images, ids[0])[0]
+    expected = models[DeepMIM].decoders[0](F.layer_norm(tokens, (16,), eps=1e-6), *ids)
+    torch.testing.assert_close(normed.predictions[0], expected)
+
+
+def test_a_change_is_tried_on_training_images_only(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(changes, "HERE", tmp_path / "found")
+    monkeypatch.setattr(changes, "RECIPE", " ".join([
+        "--batch-size 4 --workers 0 --limit 10", *SIZES, *DECODER[:-2]]))
+    monkeypatch.setattr(changes, "PROBE_IMAGES", 12)
+    monkeypatch.setattr(changes, "ARMS", {"norm-at-taps": (changes.NormAtTaps, "--taps 1,3")})
+    monkeypatch.setattr(changes.data, "SOURCES", dict(changes.data.SOURCES))
+    monkeypatch.setattr(changes.train, "DeepMIM", DeepMIM)  # to be set back
+    changes.main([str(images)])
+    parts = changes.data.SOURCES["held-out"](None)
+    assert [len(part.items) for part in parts] == [14, 4]  # a fifth of 18 is held out
+    assert all(f"{images}/train/" in path for part in parts for path in part.items)
+    found = json.loads((tmp_path / "found/norm-at-taps.json").read_text())
+    assert len(found["accuracy"]) == 3 and set(found["losses"]) == {"1", "3"}
