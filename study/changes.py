@@ -54,7 +54,7 @@ ARMS = {  # a model, and options of train.py
 
 def run(arm, parts, machine):
     """Train an arm. Gives its last losses, and how good each block of its encoder is."""
-    train.DeepMIM, words = ARMS[arm]
+    train.DeepMIM, words = ARMS[arm]  # what train.py builds
     out = Path("runs/changes") / arm
     train.main([*RECIPE.split(), *words.split(), "--data", "held-out", "--device", "cpu",
                 "--no-resume", "--out", str(out)])
