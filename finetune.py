@@ -205,17 +205,17 @@ def train_epoch(model, images, optimizers, scaler, schedule, epoch, args, machin
     bar = machine.progress(steps * args.batch_size, f"epoch {epoch + 1}")
     batches = data.epoch_steps(images, args.batch_size, args.accumulate, args.seed, epoch, machine)
     model.train()
-    for step, parts in enumerate(batches):
+    for step, micro_batches in enumerate(batches):
         lr = schedule(epoch * steps + step)
         set_lr(optimizers, lr)
-        for part, (batch, labels) in enumerate(parts):
-            key = args.seed, "step", epoch, step, machine.rank, part
+        for i, (batch, labels) in enumerate(micro_batches):
+            key = args.seed, "step", epoch, step, machine.rank, i
             torch.manual_seed(randomness(*key).initial_seed())  # for mixing and stochastic depth
             if args.erasing:
                 batch = data.in_groups(erase, batch, *key, "erasing")
             if mixing:
                 batch, labels = v2.RandomChoice(mixing)(batch, labels)
-            with gradients_averaged(model, last=part + 1 == args.accumulate):
+            with gradients_averaged(model, last=i + 1 == args.accumulate):
                 with machine.autocast():
                     logits = model(batch)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)

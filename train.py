@@ -100,17 +100,17 @@ def train_epoch(model, targets, images, optimizers, scaler, schedule, epoch, con
     names = [f"the loss after block {tap}" for tap in config.taps]
     bar = machine.progress(steps * batch_size, f"epoch {epoch + 1}")
     batches = data.epoch_steps(images, batch_size, accumulate, seed, epoch, machine)
-    for step, parts in enumerate(batches):
+    for step, micro_batches in enumerate(batches):
         lr = schedule(epoch * steps + step)
         set_lr(optimizers, lr)
-        # Noise is drawn for the whole batch: an image's mask depends on no process and no part.
+        # For the whole batch, so that masks depend neither on processes nor on micro-batches.
         generator = randomness(seed, "mask", epoch, step)
         noise = torch.rand(batch_size, config.patches, generator=generator)
         noise = machine.shard(noise).to(machine.device).chunk(accumulate)
-        for part, (batch, _) in enumerate(parts):
-            with gradients_averaged(model, last=part + 1 == accumulate):
+        for i, (batch, _) in enumerate(micro_batches):
+            with gradients_averaged(model, last=i + 1 == accumulate):
                 with machine.autocast():
-                    output = model(batch, noise[part], targets)
+                    output = model(batch, noise[i], targets)
                 scaler.scale(output.loss / accumulate).backward()
             losses[step] += output.losses.detach() / accumulate
         for optimizer in optimizers:

@@ -106,11 +106,11 @@ def epoch_order(n, batch_size, seed, epoch):
 
 
 def epoch_steps(images, batch_size, accumulate, seed, epoch, machine):
-    """For each step of an epoch, an iterator over this process's parts of it: (images, labels).
-    To be read to its end before the next one: all take from one stream."""
+    """For each step of an epoch, an iterator over this process's micro-batches (images, labels),
+    `accumulate` of them. To be read to its end before the next one: all take from one stream."""
     order = epoch_order(len(images), batch_size, seed, epoch)
-    parts = [part for batch in order for part in machine.shard(batch).chunk(accumulate)]
-    batches = images.batches(parts, (seed, epoch))
+    indices = [ids for batch in order for ids in machine.shard(batch).chunk(accumulate)]
+    batches = images.batches(indices, (seed, epoch))
     for _ in order:
         yield itertools.islice(batches, accumulate)
 

@@ -110,7 +110,7 @@ def mixed_precision(device):
 def distribute(model, machine, compile=False, replay=False):
     """The model, compiled if asked for, with gradients averaged over several processes.
     With replay, one GPU alone repeats a compiled step as a CUDA graph: a small model's kernels take
-    less time than a CPU needs to start them. Graphs can't add up the gradients of several parts."""
+    less time than a CPU needs to start them. Graphs can't add up gradients of micro-batches."""
     if compile:
         graph = replay and machine.device.type == "cuda" and machine.world == 1
         model.compile(mode="reduce-overhead" if graph else None)
@@ -118,6 +118,6 @@ def distribute(model, machine, compile=False, replay=False):
 
 
 def gradients_averaged(model, last):
-    """The context of a backward pass: processes average gradients in a step's last part only."""
+    """The context of a backward pass: processes average gradients in the last micro-batch only."""
     parallel = isinstance(model, DistributedDataParallel)
     return model.no_sync() if parallel and not last else contextlib.nullcontext()

@@ -141,7 +141,7 @@ def add_training_options(parser):
     group = parser.add_argument_group("training")
     add, rate = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--epochs", type=int, default=10, help="passes over the training images")
-    add("--batch-size", type=int, default=64, help="images per step, over all processes and parts")
+    add("--batch-size", type=int, default=64, help="images per step, over all processes")
     rate("--lr", type=float, help="peak learning rate; else that in PRESETS of the script")
     rate("--blr", type=float, help="the same for each 256 images of a batch")
     add("--warmup-epochs", type=float, help="linear warm-up; a tenth of --epochs when not given")
@@ -157,7 +157,7 @@ def add_training_options(parser):
     add("--workers", type=int, default=min(16, max(1, cores)), help="processes that decode images")
     add("--amp", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
     add("--compile", action="store_true", help="compile the model: a slow start, faster steps")
-    add("--accumulate", type=int, default=1, help="compute a batch in this many parts: less memory")
+    add("--accumulate", type=int, default=1, help="cut a batch into this many, to save memory")
     add("--log", choices=("tensorboard",), help="write the log there too")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on, or overwrite")
 

@@ -35,7 +35,7 @@ def test_help_shows_defaults_where_there_are_any(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--preset", "cifar10", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "over all processes and parts (default: 1024)" in said
+    assert "over all processes (default: 1024)" in said
     assert "None)" not in said and "False)" not in said
 
 
