@@ -2,7 +2,7 @@
 # Does deep supervision help, and in which blocks? Every command, from pre-training to the report.
 #
 #     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
-#     bash study/study.sh data/cifar10               # small: questions 1 to 7, ten hours or more
+#     bash study/study.sh data/cifar10               # small: questions 1 to 7, most of a day
 #     bash study/study.sh data/cifar10 --size targets   # what decoders are asked for, seed 0
 #     bash study/study.sh data/cifar10 --size full   # preset cifar10, 100 epochs, a GPU; not tried
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
