@@ -231,7 +231,7 @@ def test_an_arm_of_the_recipe_sees_what_its_cost_allows(images, tmp_path, monkey
 
 
 def test_changes_are_what_they_say():
-    """By the loss of the same weights: a quarter of three, and of tokens that are normalised."""
+    """By hand, with the same weights: earlier losses by a quarter, earlier tokens normalised."""
     config, models = Config(**{**vars(TINY), "taps": (1, 2, 3)}), {}
     for kind in (DeepMIM, changes.NormAtTaps, changes.SmallLosses):
         torch.manual_seed(0)
