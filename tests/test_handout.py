@@ -41,7 +41,7 @@ for number, folder in enumerate(folders):
         sys.stdout = open("outcomes", "w")
         tests = pathlib.Path("graders").read_text().split()
         status = pytest.main(["-q", "-rA", "--tb=no", "--assert=plain", "--rootdir=.",
-                              "-p", "no:cacheprovider", *tests])
+                              "-p", "no:cacheprovider", *sys.argv[2:], *tests])
         sys.stdout.flush()
         os._exit(status)
 for _ in folders[:cores]:
@@ -49,10 +49,10 @@ for _ in folders[:cores]:
 """
 
 
-def graded(root):
+def graded(root, *options):
     """{folder: (outcome, test, reason) of each test that is listed in it}."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"}
-    subprocess.run([sys.executable, "-c", GRADER, root], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", GRADER, root, *options], env=environment, check=True)
     return {folder.name: re.findall(r"^(PASSED|FAILED) ([\w/.:]+)\S*(?: - (.*))?$",
                                     (folder / "outcomes").read_text(), re.MULTILINE)
             for folder in root.iterdir()}
@@ -160,7 +160,7 @@ def test_wrong_solutions_are_caught(tmp_path):
             handout.copy(place, (*handout.COPIED, *handout.GRADERS))
             (place / exercise.file).write_text("".join(lines), encoding="utf-8")
             (place / "graders").write_text("\n".join(exercise.ids))
-    found = graded(tmp_path)
+    found = graded(tmp_path, "--exitfirst")
     assert len(found) == sum(map(len, WRONG.values())) and min(map(len, WRONG.values())) >= 3
     missed = [name for name, lines in found.items()
               if all(outcome == "PASSED" for outcome, *_ in lines)]
