@@ -75,6 +75,8 @@ def settle_target(args):
     require(bool(args.teacher) == needed,
             f"--teacher: --target {args.target} needs {'one' if needed else 'none'}")
     require(args.target == "hybrid" or not args.alphas, "--alphas: they need a --teacher, an MAE")
+    require(args.target == "features" or args.teacher_blocks == 1,
+            "--teacher-blocks: only --target features has them")
 
 
 def make_targets(config, args, machine):

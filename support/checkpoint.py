@@ -159,7 +159,7 @@ def resize_positions(positions, patches):
 
 def load_frozen(path, device="cpu", decoders=False, heads=None, norm_pix=True):
     """A frozen model of a file: its ViT, or with decoders=True its DeepMIM. Both have a config, and
-    a source, the file's name and what was guessed."""
+    a source, the file's name and what was guessed, of decoders norm_pix too."""
     weights = read_model(path, heads, norm_pix)
     model = DeepMIM(weights.config) if decoders else ViT(weights.config)
     encoder = model.encoder if decoders else model
@@ -167,9 +167,10 @@ def load_frozen(path, device="cpu", decoders=False, heads=None, norm_pix=True):
     if not decoders and fine_tuned:  # the norm follows the mean
         encoder.norm = torch.nn.Identity()
     load_encoder(encoder, weights)
+    model.source = weights.name
     if decoders:
         load_weights(model, weights.state, weights.name)
-    model.source = weights.name
+        model.source += f", norm_pix {weights.config.norm_pix}"
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -89,7 +89,8 @@ def find_device(name=None):
     gpus = torch.cuda.device_count()
     mps = torch.backends.mps.is_available()
     name = name or ("cuda" if gpus else "mps" if mps else "cpu")
-    there = {"cuda": processes <= gpus, "mps": mps, "cpu": True}[name]  # the same in all processes
+    # The same in all processes. gloo doesn't know mps.
+    there = {"cuda": processes <= gpus, "mps": mps and processes == 1, "cpu": True}[name]
     require(there, f"--device: there is no {name} device for each of {processes} processes here")
     if name == "cuda":
         torch.cuda.set_device(rank)

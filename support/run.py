@@ -92,8 +92,6 @@ class Run:
             if before.get(name) != self.options.get(name):
                 said = option(name) if " " not in name and name != "classes" else f"the {name}"
                 differ.append(f"{said} was {before.get(name)}, is {self.options.get(name)}")
-        if len(differ) == 1 and differ[0].startswith("--epochs"):
-            remedy = f"to train longer, --init {self.path / 'model.pt'} and another --out"
         require(not differ, f"--out: {self.path} holds a run with other options "
                 f"({'; '.join(differ)}); {remedy}")
 

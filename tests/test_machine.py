@@ -41,6 +41,10 @@ def test_each_process_has_its_own_gpu_or_all_say_that_there_are_too_few(monkeypa
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(BadInput, match="no cuda device for each of 3 processes"):
         machine.find_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(BadInput, match="no mps device for each of 3 processes"):
+        machine.find_device()
 
 
 @pytest.mark.parametrize("fast, abilities, on_cpu, on_gpu", [

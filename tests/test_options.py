@@ -190,6 +190,7 @@ TRAIN = [
     "--target features → --teacher: --target features needs one", "--target hybrid → needs one",
     "--target hog --teacher MODEL → --teacher: --target hog needs none", "--target clip",
     "--target features --teacher MODEL --alphas 0,1 → --alphas: they need",
+    "--teacher MODEL --teacher-blocks 2 → --teacher-blocks: only --target features",
     "--target features --teacher MODEL --patch-size 4 → --teacher: patches is 16, the student's 4",
     "--target features --teacher MODEL --channels 1 → --teacher: channels is 3, the student's 1",
     "--target features --teacher MODEL --teacher-blocks 4 → --teacher-blocks: the teacher has only",

@@ -213,12 +213,6 @@ def test_a_run_goes_on_where_data_and_files_moved_not_with_others(call, images, 
     assert len(log(tmp_path / "run")) == 2
 
 
-def test_more_epochs_than_a_run_had_are_told_how_to_train_on(call, tmp_path):
-    call("train", "--out", tmp_path)
-    with pytest.raises(BadInput, match="--epochs was 2, is 3.*; to train longer, --init .*model"):
-        call("train", "--out", tmp_path, "--epochs", 3)
-
-
 def test_tensorboard_gets_the_log_and_the_picture(call, tmp_path, monkeypatch):
     """A stand-in for the package, which isn't needed otherwise; without it, a line."""
     said = Mock()
