@@ -1,6 +1,6 @@
 """Three changes to DeepMIM, tried because its first blocks learn less than MAE's.
 
-    python -m study.changes data/cifar10                 # all; 6 to 9 minutes each on two cores
+    python -m study.changes data/cifar10                 # all; 6 to 10 minutes each on two cores
     python -m study.changes data/cifar10 small-losses    # or some
 
 No test image is used: a fifth of the training images is held out. Every arm sees 30,000 of the
