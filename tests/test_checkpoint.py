@@ -74,7 +74,7 @@ def test_an_mae_checkpoint_becomes_a_model(path, zipped):
     content = {"model": state, "epoch": 3, "args": Namespace(blr=1e-3)}  # as MAE's training does
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     model = checkpoint.load_frozen(path, decoders=True, norm_pix=False)
-    assert model.config == MAE
+    assert model.config == MAE and model.source.endswith(", norm_pix False")
     assert_same(mae_state(model), state)
 
 
