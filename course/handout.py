@@ -25,10 +25,10 @@ from support.options import BadInput
 from support.run import write_json
 
 HERE = Path(__file__).resolve().parent.parent
-COPIED = ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", "*.py", "support/*.py",
-          "course/__init__.py", "course/tutorial.py", "course/*.md", "course/*.ipynb",
-          "course/pictures/*.png", "study/*.md", "study/*.png", "study/*/*.png",
-          "study/checkpoints/*.pt", "support/README.md", "tests/conftest.py")
+CODE = ("pyproject.toml", "*.py", "support/*.py", "tests/conftest.py")  # what the tests need
+TEXTS = ("LICENSE", "requirements.txt", ".gitignore", "support/README.md", "course/__init__.py",
+         "course/tutorial.py", "course/*.md", "course/*.ipynb", "course/pictures/*.png",
+         "study/*.md", "study/*.png", "study/*/*.png", "study/checkpoints/*.pt")
 SECONDS = 120  # that the tests of an exercise may take, torch's import included
 
 
@@ -154,7 +154,7 @@ def write(directory):
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
             raise BadInput(f"DIR: {directory} isn't empty; name a new directory")
-        copy(directory, (*COPIED, *GRADERS))
+        copy(directory, (*CODE, *TEXTS, *GRADERS))
         (directory / "README.md").write_text(README, encoding="utf-8")
         for file in {exercise.file for exercise in EXERCISES}:
             (directory / file).write_text(without_bodies(file), encoding="utf-8")
@@ -186,7 +186,7 @@ def why_not_passed(exercise, directory, seconds):
         return "the function isn't there"
     with tempfile.TemporaryDirectory() as name:
         place, report = Path(name) / "project", Path(name) / "report.xml"
-        copy(place, (*COPIED, *GRADERS))
+        copy(place, (*CODE, *GRADERS))
         (place / exercise.file).write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                    f"--junitxml={report}"]

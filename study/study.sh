@@ -95,6 +95,11 @@ look() {  # look OUT COMMAND MODEL …, in $RUNS
         --out "$RUNS/$1"
 }
 
+parts() {  # parts ARM SEED: fine-tune the last blocks only, or start them again at random
+    for k in $PARTIAL; do tune $1 $2 partial-$k --trainable-blocks $k; done
+    for k in $REINIT; do tune $1 $2 reinit-$k --reinit-blocks $k; done
+}
+
 report() {
     run '' "$PYTHON" -m study.report "$RUNS" --out "$RUNS/report"
 }
@@ -156,8 +161,7 @@ for seed in $SEEDS; do
         for arm in mae deepmim; do
             kept=$(seq -f "$arm-0/epoch-%g.pt" $EVERY $EVERY $EPOCHS)
             look $arm-0/epochs blocks $kept
-            for k in $PARTIAL; do tune $arm 0 partial-$k --trainable-blocks $k; done
-            for k in $REINIT; do tune $arm 0 reinit-$k --reinit-blocks $k; done
+            parts $arm 0
         done
     fi
     models=()
@@ -190,8 +194,9 @@ for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
 train deepmim-long 0 $DEEP --epochs "$equal"
 look long-0 blocks deepmim-long-0/model.pt
 tune deepmim-long 0 cut-${CUT##* } --keep-blocks ${CUT##* }
-# The other seeds of the arms that take longest.
+# The other seeds of what takes longest.
 for seed in ${SEEDS#0}; do
+    for arm in mae deepmim; do parts $arm $seed; done
     train mae-long $seed --method mae --epochs "$equal"
     train hybrid $seed $DEEP --teacher $RUNS/mae-$seed/model.pt
     for arm in mae-long hybrid; do

@@ -30,8 +30,9 @@ def written(tmp_path_factory):
 # In each folder below its argument it runs the tests that are listed there. Importing torch takes
 # seconds, so one process does it and forks for each folder.
 GRADER = """
-import os, pathlib, sys
+import gc, os, pathlib, sys
 import einops, matplotlib.figure, pytest, torch, torchvision.models, torchvision.transforms.v2, tqdm
+gc.freeze()  # pytest collects garbage at its end, and need not look through these
 folders, cores = list(pathlib.Path(sys.argv[1]).iterdir()), os.cpu_count()
 for number, folder in enumerate(folders):
     if number >= cores:
@@ -64,7 +65,7 @@ def outcomes(tmp_path_factory):
     of those of the exercise before."""
     root, found = tmp_path_factory.mktemp("graded"), {}
     for first in (*NUMBERS, len(EXERCISES) + 1):
-        handout.write(root / str(first))
+        handout.copy(root / str(first), (*handout.CODE, *handout.GRADERS))
         for file in FILES:
             text = handout.without_bodies(file, first)
             (root / str(first) / file).write_text(text, encoding="utf-8")
@@ -157,7 +158,7 @@ def test_wrong_solutions_are_caught(tmp_path):
             assert right in own, (exercise.function, right)
             lines[node.body[0].end_lineno : node.end_lineno] = [own.replace(right, wrong)]
             place = tmp_path / f"{number}-{attempt}"
-            handout.copy(place, (*handout.COPIED, *handout.GRADERS))
+            handout.copy(place, (*handout.CODE, *handout.GRADERS))
             (place / exercise.file).write_text("".join(lines), encoding="utf-8")
             (place / "graders").write_text("\n".join(exercise.ids))
     found = graded(tmp_path, "--exitfirst")

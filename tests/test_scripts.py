@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,14 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import AUGMENTED, arguments_of, differing, log, stopped_before, write_folder
-from test_train import assert_step_of_the_whole_batch
+from test_train import assert_step_of_the_whole_batch, one_step
 
 import analyze
+import finetune
+import train
 from support.options import BadInput, RunFailed
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent.parent
 SCRIPTS = pytest.mark.parametrize("script", ["train", "finetune"])
+MAINS = {"train": train.main, "finetune": finetune.main}
 
 
 def start(*arguments):
@@ -29,11 +33,21 @@ def start(*arguments):
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE}/tests"})
 
 
-def torchrun(*arguments):
-    process = start(*"-m torch.distributed.run --standalone --nproc_per_node=2".split(), *arguments)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return out
+def work(rank, port, function, *arguments):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    function(*arguments)
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(function, *arguments):
+    """Call it in each of two processes, as torchrun does. They are forks of this one, which has
+    already spent the seconds that importing torch takes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        work, (port, function, *arguments), nprocs=2, start_method="fork")
 
 
 def test_bad_input_is_one_line_and_status_2():
@@ -101,45 +115,48 @@ def test_a_read_only_out_is_one_line(call, images, pretrained, out):
     ("train", ""), ("train", "features"), ("train", "compiled"), ("finetune", ""),
     ("finetune", "compiled")])
 def test_two_processes_go_on_from_what_one_began_and_train_as_one(
-        call, images, pretrained, tmp_path, script, how):
+        call, images, pretrained, tmp_path, script, how, capfd, monkeypatch):
     features = ["--target", "features", "--teacher", pretrained] if how == "features" else []
     common = ["--no-amp", *features]
     call(script, *common, "--out", tmp_path / "one")
     with stopped_before(2):
         call(script, *common, "--out", tmp_path / "two")
+    capfd.readouterr()
     more = [*common, "--accumulate", 3, "--out", tmp_path / "two"]
-    program = f"{script}.py"
     if how == "compiled":  # traced as ever, without the minutes of code generation
         more.append("--compile")
-        program = tmp_path / "compiled.py"
-        program.write_text(
-            f"import torch, {script}\nfrom support import options\n"
-            "compile = torch.nn.Module.compile\n"
-            "torch.nn.Module.compile = lambda self, mode: (\n"
-            "    print('COMPILED'), compile(self, backend='aot_eager'))\n"
-            f"options.run({script}.main)\n")
-    out = torchrun(program, *arguments_of(script, images, *more))
-    assert "epoch 1/2" not in out and out.count("epoch 2/2") == 1
+        compile = torch.nn.Module.compile
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: (
+            print("COMPILED"), compile(self, backend="aot_eager")))
+    in_two_processes(MAINS[script], arguments_of(script, images, *more))
+    out = capfd.readouterr().out
+    assert "2 × cpu" in out and "epoch 1/2" not in out and out.count("epoch 2/2") == 1
     assert out.count("COMPILED") == (2 if how == "compiled" else 0)
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         for name in one.keys() & {"loss", "train_loss", "val_loss"}:
             assert one[name] == pytest.approx(two[name], rel=1e-4)
 
 
+def save_step(path):
+    found = one_step(2)
+    if os.environ["RANK"] == "0":
+        torch.save(found, path)
+
+
 def test_processes_and_parts_have_the_gradients_of_one(tmp_path):
-    code = "import os, torch, test_train\nfound = test_train.one_step(2)\n"
-    code += f"if os.environ['RANK'] == '0':\n    torch.save(found, '{tmp_path}/found')\n"
-    (tmp_path / "step.py").write_text(code + "torch.distributed.destroy_process_group()\n")
-    torchrun(tmp_path / "step.py")
+    in_two_processes(save_step, tmp_path / "found")
     assert_step_of_the_whole_batch(*torch.load(tmp_path / "found"))
 
 
-def test_a_probe_of_two_processes_is_measured_as_it_is_saved(call, images, tmp_path, capsys):
-    torchrun("finetune.py", *arguments_of("finetune", images, "--linear-probe", "--out", tmp_path))
+def test_a_probe_by_torchrun_is_measured_as_it_is_saved(call, images, tmp_path, capsys):
+    process = start(*"-m torch.distributed.run --standalone --nproc_per_node=2 finetune.py".split(),
+                    *arguments_of("finetune", images, "--linear-probe", "--out", tmp_path))
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     call("finetune", "--eval", "--init", tmp_path / "model.pt")
     found, expected = json.loads(capsys.readouterr().out.splitlines()[-1]), log(tmp_path)[-1]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
-    torchrun("finetune.py", *arguments_of(
+    in_two_processes(finetune.main, arguments_of(
         "finetune", images, "--predict", images / "val", "--init", tmp_path / "model.pt",
         "--out", tmp_path))
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 13
