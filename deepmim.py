@@ -368,8 +368,8 @@ class FeatureTargets:
 
 class HogTargets:
     """Histograms of oriented gradients of each patch (Dalal and Triggs 2005; MaskFeat, Wei et al.
-    2022). A patch is a cell, or cells of 8 × 8 pixels. In each cell and channel, pixels vote for
-    one of 9 directions, 20° each, by the length of their gradient. A cell's votes have length 1."""
+    2022). A cell is a patch or, where 8 divides its side, 8 × 8 pixels. In each cell and channel,
+    pixels vote by gradient length for one of 9 directions. A cell's nine sums have length 1."""
     def __init__(self, config):
         self.config = config
         self.cell = 8 if config.patch_size % 8 == 0 else config.patch_size

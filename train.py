@@ -5,7 +5,7 @@
     python train.py --preset cifar10-nano --data DIR     # a 96-wide ViT, for CPUs
     torchrun --nproc_per_node=8 train.py --preset imagenet --data DIR   # ViT-B/16, 224 px
     python train.py --method mae                         # the baseline: one decoder, at the end
-    python train.py --teacher runs/mae/model.pt          # hybrid targets
+    python train.py --teacher runs/shapes-mae/model.pt   # hybrid targets, with that MAE
     python train.py --target features --teacher vit.pt   # features of a frozen encoder; or hog
 
 The same command goes on after an interruption. Writes model.pt, log.jsonl, result.json,
@@ -68,7 +68,7 @@ def parse(argv):
 
 
 def settle_target(args):
-    """Make pixels with a teacher hybrid targets; BadInput for a teacher too few or too many."""
+    """A teacher makes pixels hybrid targets. BadInput where one is missing or not wanted."""
     if args.teacher and args.target == "pixels":
         args.target = "hybrid"
     needed = args.target in ("hybrid", "features")
