@@ -147,7 +147,7 @@ class InMemory:
         With a seed images move by up to `shift`, half of them are flipped, and `further` is
         applied in groups. Without, nothing is random."""
         if seed is not None:
-            reach = round(self.shift * self.pixels.shape[-1] / 32)
+            reach = self.shift * self.pixels.shape[-1] // 32
             generator = randomness(seed, "crop and flip")
             shift = torch.randint(-reach, reach + 1, (len(self), 2), generator=generator)
             flip = torch.rand(len(self), generator=generator) < 0.5

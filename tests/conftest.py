@@ -69,6 +69,14 @@ def pretrained(tmp_path_factory):
     return path
 
 
+def mae_state(model):
+    """A model's weights under the names of MAE's code, as its `mae_vit_*` classes have them."""
+    state = model.encoder.state_dict()
+    for name, value in model.decoders[0].state_dict().items():
+        state[name if name == "mask_token" else f"decoder_{name}"] = value
+    return state
+
+
 def arguments_of(script, images, *more):
     """A command line with tiny sizes and pictures."""
     start = [*SIZES, *DECODER] if script == "train" else ["--scratch", *SIZES]

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from conftest import mae_state
 from PIL import Image
 
 import analyze
@@ -212,11 +213,13 @@ def encoder_and_images(place, name):
 
 def test_cka_commands(call, place):
     deep, mae = encoder_and_images(place, "deep"), encoder_and_images(place, "mae")
-    found = call("cka deep.pt mae.pt")["models"]
-    for name, vit in (("deep", deep), ("mae", mae)):
-        xs, matrix = analyze.block_features(*vit, "mean"), torch.tensor(found[name]["matrix"])
-        torch.testing.assert_close(matrix, from_batches(xs, xs, 20).float(), atol=1e-4, rtol=1e-4)
-        assert found[name]["with_last"] == [row[-1] for row in found[name]["matrix"]]
+    for tokens in ("mean", "cls"):
+        found = call(f"cka deep.pt mae.pt --tokens {tokens}")["models"]
+        for name, vit in (("deep", deep), ("mae", mae)):
+            xs, matrix = analyze.block_features(*vit, tokens), torch.tensor(found[name]["matrix"])
+            expected = from_batches(xs, xs, 20).float()
+            torch.testing.assert_close(matrix, expected, atol=1e-4, rtol=1e-4)
+            assert found[name]["with_last"] == [row[-1] for row in found[name]["matrix"]]
     found = call("cross-cka deep.pt mae.pt --block 2 --tokens all")
     xs, ys = analyze.block_features(*deep, "all"), analyze.block_features(*mae, "all")
     matrix = torch.tensor(found["matrix"])
@@ -239,7 +242,7 @@ def test_heads_command_weighs_batches_by_their_images(call, place, monkeypatch):
     assert found == pytest.approx([head_similarity(x).item() for x in maps], rel=1e-4)
 
 
-def test_reconstruct_command_in_closed_form(call, monkeypatch):
+def test_reconstruct_command_in_closed_form(call, monkeypatch, tmp_path):
     """Decoders, and a teacher, that predict the mean colour make of x a target of α x."""
     monkeypatch.setattr(analyze, "BATCH", 4)
     error = 20 * np.arange(10)[:, None] / 255 - data.MEAN.numpy()
@@ -248,6 +251,11 @@ def test_reconstruct_command_in_closed_form(call, monkeypatch):
         found = call(f"reconstruct zero.pt --rows 2 {teacher}", images="grey")["decoders"]
         for tap, share in zip("123", shares):
             assert found[tap] == pytest.approx({"loss": share**2 * loss}, rel=1e-4)
+    model = DeepMIM(Config(**{**TINY, "taps": (3,), "decoder_dim": 16, "decoder_heads": 16}))
+    torch.nn.init.zeros_(model.decoders[0].pred.weight)
+    torch.save(mae_state(model), tmp_path / "foreign.pth")
+    found = call(f"reconstruct {tmp_path}/foreign.pth --heads 2 --no-norm-pix", images="grey")
+    assert found["decoders"]["3"] == pytest.approx({"loss": loss}, rel=1e-4)
 
 
 def test_attention_command(call, place):
@@ -269,6 +277,16 @@ def test_only_held_out_images_are_looked_at(call, tmp_path):
     (tmp_path / "set" / "train").mkdir()
     (tmp_path / "set" / "train" / "damaged.png").write_text("no image")
     call("cka deep.pt", images=tmp_path / "set")
+
+
+def test_images_of_more_than_8_bits_have_a_range(call, tmp_path):
+    for part in ("train", "test"):
+        for i in range(24):
+            folder = tmp_path / "deep" / part / "ab"[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(normal(8, 8, seed=i).float().numpy()).save(folder / f"{i}.tif")
+    for command in ("heads", "blocks"):
+        call(f"{command} deep.pt --value-range -3 3", images=tmp_path / "deep")
 
 
 def test_some_images_are_a_random_choice(place, monkeypatch):
@@ -393,7 +411,7 @@ def test_blocks_command(call, place, tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     for part, count in (("train", 30), ("test", 10)):
         for label, name in enumerate("ab"):
-            pixels = generator.integers(0, 200, (count, 8, 8, 3), "u1") + 50 * label
+            pixels = generator.integers(0, 200, (count, 8, 8, 3), "u1") + 10 * label
             write_images(tmp_path / "classes" / part / name, pixels.astype("u1"))
     for seed in (0, 1):
         source = place / ("deep.pt" if seed else "mae.pt")
@@ -401,7 +419,7 @@ def test_blocks_command(call, place, tmp_path, monkeypatch):
     drawn = Mock(wraps=analyze.figures.lines)
     monkeypatch.setattr(analyze.figures, "lines", drawn)
     classes = tmp_path / "classes"
-    found = call(f"blocks {tmp_path}/m-0.pt {tmp_path}/m-1.pt --seeds", images=classes)
+    found = call(f"blocks {tmp_path}/m-0.pt {tmp_path}/m-1.pt --seeds --tokens cls", images=classes)
     assert list(drawn.call_args.args[1]) == list(drawn.call_args.args[4]) == ["m"]  # with a band
     torch.save(DeepMIM(Config(**{**TINY, "depth": 2, "taps": (2,)})).encoder.state_dict(),
                tmp_path / "m-2.pt")
@@ -416,7 +434,7 @@ def test_blocks_command(call, place, tmp_path, monkeypatch):
         next(data.prepare(part, encoder.config, Machine(torch.device("cpu"))).batches(
             [torch.arange(len(part.labels))])) for part in parts)
     for block in range(3):
-        features, queries = (analyze.block_features(encoder, z)[block] for z in (x, asked))
+        features, queries = (analyze.block_features(encoder, z, "cls")[block] for z in (x, asked))
         strength = found["models"]["m-0"]["strength"][block]
         right = ridge_probe(features, labels, queries, strength) == wanted
         accuracy = right.float().mean().item()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, mae_state
 
 from deepmim import Config, DeepMIM, ViT
 from finetune import Classifier
@@ -31,14 +31,6 @@ def perturbed(model):
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
-
-
-def mae_state(model):
-    """A model's weights under the names of MAE's code, as its `mae_vit_*` classes have them."""
-    state = model.encoder.state_dict()
-    for name, value in model.decoders[0].state_dict().items():
-        state[name if name == "mask_token" else f"decoder_{name}"] = value
-    return state
 
 
 def assert_same(state, other):
@@ -92,7 +84,6 @@ def test_sizes_of_the_published_maes(monkeypatch, dim, depth, patch, heads):
 @pytest.mark.parametrize("pack", [
     lambda state: {**state, "head.weight": torch.zeros(5, 192)},           # timm
     lambda state: {"state_dict": state},
-    lambda state: {"encoder." + name: value for name, value in state.items()},  # of DeepMIM
     lambda state: {"model": {**state, "mask_token": torch.zeros(1, 1, 8),  # an MAE of another size
                              "decoder_embed.weight": torch.zeros(8, 192)}},
 ])

@@ -70,6 +70,13 @@ def test_images_move_in_proportion_to_their_side_and_half_are_flipped():
     assert 0.4 < flipped.float().mean() < 0.6
 
 
+def test_no_image_moves_by_its_whole_side():
+    """Reflection goes no further: beyond it, indices would be negative."""
+    pixels = make_shapes(500, 0, side=8)[0]
+    images = data.InMemory(pixels, torch.zeros(500), None, 8, torch.device("cpu"), shift=30)
+    assert batch(images, torch.arange(500), (0, 1)).shape == (500, 3, 8, 8)
+
+
 def test_the_centre_of_a_file_keeps_its_proportions(tmp_path):
     image = Image.new("RGB", (160, 80))
     image.paste((255, 255, 255), (40, 0, 120, 80))
@@ -239,6 +246,10 @@ def test_cifar10_in_place_is_read(monkeypatch):
         assert part.labels.tolist() == [1, 0] and part.classes == ["cat", "dog"]
     asked = [call.kwargs["train"] for call in data.datasets.CIFAR10.call_args_list[1:]]
     assert asked == [True, False]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    find("cifar10")
+    downloads = [call for call in data.datasets.CIFAR10.call_args_list if "download" in call.kwargs]
+    assert len(downloads) == 1  # by the first process of a computer
 
 
 def test_workers_live_from_epoch_to_epoch(tmp_path):

@@ -48,9 +48,11 @@ def test_training_curves_show_what_logs_hold(tmp_path):
     tuned = [{"epoch": 1, "train_loss": 2.0, "val_loss": 1.5, "val_accuracy": 0.25}]
     figure = figures.training_curves({"deep": deep, "tuned": tuned})
     lines = [line for axis in figure.axes for line in axis.get_lines()]
-    assert {line.get_label(): line.get_ydata().tolist() for line in lines} == {
-        "deep block 1": [3, 2], "deep block 3": [2, 1], "tuned train_loss": [2],
-        "tuned val_loss": [1.5], "tuned val_accuracy": [0.25]}
+    points = {line.get_label(): list(zip(line.get_xdata(), line.get_ydata())) for line in lines}
+    assert points == {
+        "deep block 1": [(1, 3), (2, 2)], "deep block 3": [(1, 2), (2, 1)],
+        "tuned train_loss": [(1, 2)], "tuned val_loss": [(1, 1.5)],
+        "tuned val_accuracy": [(1, 0.25)]}
     figures.save(figure, tmp_path / "curves.png")
     assert len(figure.axes) == 3 and Image.open(tmp_path / "curves.png").size[0] > 1000
 
@@ -81,4 +83,5 @@ def test_confusion_shows_shares_of_each_class():
     figure = figures.confusion(torch.tensor([[3.0, 1.0], [0.0, 0.0]]), ["_cat", "d$o$g"])
     axis = figure.axes[0]
     assert axis.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("taken for", "class")
     assert [label.get_text().strip() for label in axis.get_yticklabels()] == ["_cat", r"d\$o\$g"]

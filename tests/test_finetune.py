@@ -191,7 +191,8 @@ def test_evaluate_counts_best_and_five_best(monkeypatch, classes):
 
 def test_nearest_neighbours_are_those_of_the_whole_matrix(
         call, images, pretrained, tmp_path, monkeypatch):
-    call("finetune", "--init", pretrained, "--knn", "--knn-k", 5, "--no-amp", "--out", tmp_path)
+    call("finetune", "--init", pretrained, "--knn", "--knn-k", 5, "--no-amp", "--drop-path", 0.9,
+         "--out", tmp_path)  # no block is skipped
     model = classifier()
     checkpoint.load_encoder(model.encoder, checkpoint.read_model(pretrained))
     parts = [data.prepare(part, TINY, CPU) for part in data.find(str(images), CPU)]
@@ -344,12 +345,13 @@ def test_eval_writes_accuracy_by_class_and_confusions(call, images, pretrained, 
         {"cat": confusion[0][0] / 6, "dog": confusion[1][1] / 6})
 
 
-def test_predict_gives_the_numbers_of_eval(call, images, pretrained, tmp_path, monkeypatch):
-    call("finetune", "--init", pretrained, "--lr", 3e-3, "--out", tmp_path / "run")
+@pytest.mark.parametrize("how", [["--pool", "mean"], ["--linear-probe"]])
+def test_predict_gives_the_numbers_of_eval(call, images, pretrained, tmp_path, monkeypatch, how):
+    call("finetune", "--init", pretrained, "--lr", 3e-3, *how, "--out", tmp_path / "run")
     tuned = tmp_path / "run" / "model.pt"
     call("finetune", "--eval", "--init", tuned, "--out", tmp_path / "eval")
     accuracy = json.loads((tmp_path / "eval" / "result.json").read_text())["val_accuracy"]
-    monkeypatch.setattr(finetune, "EVALUATION_BATCH", 5)  # the last batch is a smaller one
+    monkeypatch.setattr(finetune, "EVALUATION_BATCH", 11)  # the last batch is one image
     call("finetune", "--predict", images / "val", "--init", tuned, "--out", tmp_path)
     with open(tmp_path / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -376,14 +378,21 @@ def test_deep_images_are_measured_with_the_range_of_training(call, pretrained, t
         folder = tmp_path / "deep" / ("val" if i % 12 > 8 else "train") / ("ab"[i // 12])
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i}.tif")
-    call("finetune", "--data", tmp_path / "deep", "--value-range", -1, 0, "--init", pretrained,
-         "--out", tmp_path / "run")
-    results = []
+    for part in ("train", "val"):
+        (tmp_path / "deep" / part / "a" / "damaged.tif").write_text("no image")
+    data_of = "--data", tmp_path / "deep", "--skip-damaged"
+    for script, start in (("train", ()), ("finetune", ("--init", pretrained))):
+        call(script, *data_of, "--value-range", -1, 0, *start, "--out", tmp_path / script)
+    tuned, results = tmp_path / "finetune" / "model.pt", []
     for given in ((), ("--value-range", -1, 0), ("--value-range", -1, 1)):
-        call("finetune", "--predict", tmp_path / "deep", "--init", tmp_path / "run" / "model.pt",
-             *given, "--out", tmp_path / "out")
+        call("finetune", "--predict", tmp_path / "deep", "--skip-damaged", "--init", tuned, *given,
+             "--out", tmp_path / "out")
         results.append((tmp_path / "out" / "predictions.csv").read_text())
     assert results[0] == results[1] != results[2]
+    call("finetune", "--eval", *data_of, "--init", tuned, "--out", tmp_path / "eval")
+    found, expected = (json.loads((tmp_path / name / "result.json").read_text())["val_loss"]
+                       for name in ("eval", "finetune"))
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])

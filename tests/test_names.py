@@ -7,8 +7,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from test_checkpoint import mae_state, perturbed
+from conftest import TINY, mae_state
+from test_checkpoint import assert_same, perturbed
 
 from deepmim import DeepMIM, ViT
 from finetune import Classifier
@@ -74,6 +74,14 @@ def test_names_of_hugging_face_are_translated_and_q_k_and_v_joined():
     found = names.to_ours({**dict.fromkeys(HUGGING_FACE, torch.zeros(1)), **parts}, "file")
     assert found.pop("encoder.blocks.0.attn.qkv.weight").tolist() == [[0, 0], [1, 1], [2, 2]]
     assert found.keys() == set(HUGGING_FACE.values())
+
+
+def test_names_of_hugging_face_come_back():
+    model = perturbed(DeepMIM(MAE))
+    theirs = names.to_hugging_face(mae_state(model))
+    value = theirs["vit.layers.1.attention.v_proj.bias"]
+    assert torch.equal(value, model.encoder.blocks[1].attn.qkv.bias[32:])
+    assert_same(names.to_ours(theirs, "file"), model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification"])
@@ -201,7 +209,9 @@ def test_init_takes_decoders_that_fit(call, pretrained, tmp_path, capsys):
              "--out", tmp_path / taps)
         found = torch.load(tmp_path / taps / "model.pt", weights_only=True)["model"]
         for name in given:
-            if name.startswith("decoders.2") and "pos_embed" not in name:
+            if not name.startswith("decoders"):
+                torch.testing.assert_close(given[name], found[name])
+            elif name.startswith("decoders.2") and "pos_embed" not in name:  # which is computed
                 last = name.replace("s.2", f"s.{taps.count(',')}")
                 torch.testing.assert_close(given[name], found[last])
         assert f"its decoders after blocks: {expected}\n" in capsys.readouterr().out

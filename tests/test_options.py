@@ -44,6 +44,8 @@ def test_help_shows_defaults_where_there_are_any(capsys):
 def test_a_linear_probe_has_a_rate_of_its_own(arguments, expected):
     args = finetune.parse(["--scratch", "--linear-probe", *arguments])
     assert args.lr == pytest.approx(expected) and args.optimizer == "adamw"
+    for name in ("weight_decay", "smoothing", "mixup", "cutmix", "randaugment", "erasing"):
+        assert getattr(args, name) == 0
 
 
 def test_defaults_are_the_papers_and_imagenet_is_maes_recipe():

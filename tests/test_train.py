@@ -6,8 +6,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import TINY, differing, log, scaler, weights, write_folder, write_noise
+from conftest import TINY, differing, log, mae_state, scaler, weights, write_folder, write_noise
 from PIL import Image
+from test_checkpoint import MAE
 
 import train
 from deepmim import DeepMIM, PixelTargets
@@ -66,12 +67,12 @@ def test_mae_is_one_tap_and_teaches_hybrid_targets(call, tmp_path):
     assert "encoder.norm.bias" in differing(tmp_path / "plain", tmp_path / "2")
 
 
-def test_init_starts_from_that_model(call, pretrained, tmp_path):
-    call("train", "--init", pretrained, "--epochs", 1, "--lr", 1e-30, "--out", tmp_path / "run")
-    given, found = weights(pretrained), weights(tmp_path / "run")
-    for name in given:
-        if "decoders" not in name or "pos_embed" not in name:  # decoders' positions are computed
-            torch.testing.assert_close(given[name], found[name])
+def test_a_foreign_teacher_is_taken_to_predict_as_the_student_does(call, tmp_path, capsys):
+    torch.save(mae_state(DeepMIM(MAE)), tmp_path / "mae.pth")
+    for option in ("--norm-pix", "--no-norm-pix"):
+        call("train", "--teacher", tmp_path / "mae.pth", option, "--epochs", 1,
+             "--out", tmp_path / option)
+        assert f"norm_pix {option == '--norm-pix'}\n" in capsys.readouterr().out
 
 
 def one_step(accumulate, batch=16, lr=1.0):
