@@ -87,6 +87,8 @@ def survive(script, images, work, kills, moments):
     out, whole, epochs = work / f"{script}-killed", work / f"{script}-whole", 5 * kills
     undisturbed, while_writing = start(script, images, whole, epochs), 0
     for _ in range(kills):
+        for left in out.glob("*.part"):  # by the kill before
+            left.unlink()
         process = start(script, images, out, epochs)
         next_epoch(process, out)
         time.sleep(moments.uniform(0, next_epoch(process, out)))

@@ -191,6 +191,9 @@ def main(argv=None):
             if of_base:
                 common.table(words, of_base)
         return
+    of_shapes = [base_of(arm) == "shapes" for arm in args.arms]
+    require(all(of == (args.data == "shapes") for of in of_shapes),
+            "data: arms of preset shapes, and only they, need shapes")
     require(len(args.arms) < 2 or not any("=" in ARMS[arm] for arm in args.arms),
             "arms: one that changes a constant runs alone")
     machine = start("cpu")

@@ -1,9 +1,11 @@
-"""benchmarks/: what peers are asked for, and a race of seconds from end to end."""
+"""benchmarks/: turns and ratios, what peers are asked for, and a race of seconds."""
 
+import functools
 import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,34 @@ from conftest import TINY
 import analyze
 import finetune
 import train
-from benchmarks import peers, quality
+from benchmarks import common, peers, quality
 from deepmim import Config, patchify, random_masking, unpatchify
+
+
+def test_all_take_turns_and_a_ratio_is_taken_round_by_round():
+    calls = []
+    ways = {name: functools.partial(calls.append, name) for name in "abc"}
+    seconds = common.take_turns(ways, 2, torch.device("cpu"))
+    assert "".join(calls) == "cba" "abc" "cba"  # the first warms up
+    assert [len(spent) for spent in seconds.values()] == [2, 2, 2]
+    assert common.ratio([2, 6, 9], [1, 1, 3]) == 3
+
+
+def test_a_race_tells_when_our_preset_was_as_good():
+    """It has a loss of 2 after half a minute, and the better classifier after a whole one."""
+    ours = SimpleNamespace(source=quality.PRESET, optimizer="muon", batch_size=32, lr=1e-3)
+    theirs = SimpleNamespace(source="a paper", optimizer="adamw", batch_size=64, lr=1e-3)
+    curves = [[(0, 3), (30, 2), (60, 1)], [(0, 3), (60, 2)]]
+    contestants = {recipe.source: SimpleNamespace(
+        recipe=recipe, seconds=60, seen=9, budget=60, accuracy=accuracy,
+        curve=[{"seconds": second, "loss": loss} for second, loss in curve])
+        for recipe, accuracy, curve in zip((ours, theirs), (0.5, 0.4), curves)}
+    row, other = quality.rows_of(contestants, 1)
+    assert row["ours_reached_its_loss_in"] == row["and_its_accuracy_in"] == "1.00 of N"
+    assert other["ours_reached_its_loss_in"] == "0.50 of N"
+    assert other["and_its_accuracy_in"] == "1.00 of N"
+    contestants["a paper"].accuracy = 0.6
+    assert quality.rows_of(contestants, 1)[1]["and_its_accuracy_in"] is None
 
 
 @pytest.mark.parametrize("fused", (True, False))

@@ -171,8 +171,15 @@ def test_the_study_of_an_hour_is_one_seed_of_two_methods():
 def test_the_scripts_take_every_command(size, tmp_path):
     for line in commands(tmp_path, "--size", size):
         _, script, *arguments = shlex.split(re.sub(r"\$\(.*\)", "9", line))
-        if script in SCRIPTS:
-            SCRIPTS[script].parse(arguments)
+        if script not in SCRIPTS:
+            continue
+        args = SCRIPTS[script].parse(arguments)
+        if script != "analyze.py":
+            arm, _, seed = args.out.split("/")[3].rpartition("-")
+            assert args.seed == int(seed)
+            taught_by = [path for path in (args.init, getattr(args, "teacher", None)) if path]
+            assert all(f"-{seed}/" in path for path in taught_by)
+            assert ("labels" in arm and script == "train.py") == ("cut-12" in f"{taught_by}")
 
 
 @pytest.mark.slow
@@ -200,13 +207,16 @@ def test_the_smallest_study_fills_the_table_and_every_picture(monkeypatch, tmp_p
 
 
 def test_only_what_changes_a_step_is_timed(monkeypatch, capsys):
-    monkeypatch.setattr(recipe.common, "take_turns", lambda ways, *rest: dict.fromkeys(ways, [1]))
-    monkeypatch.setattr(recipe.common, "ratio", lambda *spent: 1.5)
+    monkeypatch.setattr(recipe.common, "take_turns", lambda ways, *rest: {
+        name: [2 if name in recipe.BASES else 3] for name in ways})
     machine = recipe.start("cpu")
     prices = {arm: recipe.cost(arm, machine) for arm in (
         "preset", "preset-warmup", "preset-decay-0.2", "tiny-6e-3", "preset-plain-pixels",
         "preset-batch-64", "nano-adamw-2e-3")}
     assert list(prices.values()) == [1, 1, 1, 1, 1.5, 1.5, 1.5]
+    for data in ("shapes", "cifar10"):
+        with pytest.raises(options.BadInput, match="arms of preset shapes, and only they"):
+            recipe.main([data, "shapes" if data == "cifar10" else "base"])
     recipe.main(["data/cifar10", "--table"])
     assert "| preset-warmup | --warmup-epochs 0.1 |" in capsys.readouterr().out
 
@@ -262,3 +272,5 @@ def test_a_change_is_tried_on_training_images_only(images, tmp_path, monkeypatch
     assert all(f"{images}/train/" in path for part in parts for path in part.items)
     found = json.loads((tmp_path / "found/norm-at-taps.json").read_text())
     assert len(found["accuracy"]) == 3 and set(found["losses"]) == {"1", "3"}
+    state = torch.load(tmp_path / "runs/changes/norm-at-taps/model.pt", weights_only=True)["model"]
+    assert "decoders.0.embed.0.weight" in state  # the norm
