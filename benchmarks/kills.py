@@ -87,16 +87,15 @@ def survive(script, images, work, kills, moments):
     out, whole, epochs = work / f"{script}-killed", work / f"{script}-whole", 5 * kills
     undisturbed, while_writing = start(script, images, whole, epochs), 0
     for _ in range(kills):
-        for left in out.glob("*.part"):  # by the kill before
-            left.unlink()
-        process = start(script, images, out, epochs)
+        begin, process = time.time(), start(script, images, out, epochs)
         next_epoch(process, out)
         time.sleep(moments.uniform(0, next_epoch(process, out)))
         process.kill()
         process.join()
         if process.exitcode != -signal.SIGKILL:
             raise RunFailed(f"{script} had ended before it was killed, in {out}")
-        while_writing += bool(list(out.glob("*.part")))
+        # Others were left by a kill before.
+        while_writing += any(part.stat().st_mtime > begin for part in out.glob("*.part"))
     reached = len(logged(out))
     for process in (undisturbed, start(script, images, out, epochs)):
         process.join()

@@ -9,10 +9,10 @@
 #     bash study/study.sh data/cifar10 --print       # the commands, without running them
 #
 # DATA is what --data of the scripts takes, with classes: for small and full 50,000 training images,
-# for targets 10,000. Runs go into runs/study/SIZE, those of an hour into
-# runs/study/hour-DATA, each with its report in report/. The same command goes on after an
-# interruption: what has a result is skipped, even if other options made it, and a run that was cut
-# continues. What is there after an early stop is a smaller study: seed 0, then seed 1, and so on.
+# for targets 10,000. Runs go into runs/study/SIZE, those of an hour into runs/study/hour-DATA, each
+# with its report in report/. The same command goes on after an interruption: what has a result is
+# skipped, even if other options made it, and a run that was cut continues. What is there after an
+# early stop is a smaller study: seed 0, then seed 1, and so on.
 # PYTHON=… names another python.
 set -euo pipefail
 
