@@ -13,26 +13,37 @@ import torch.nn.functional as F
 from benchmarks import common
 from deepmim import attention_map
 from support import options
+from support.machine import find_device
 
 SIZES = {"nano, encoder": (256, 3, 17, 32), "nano, decoder": (256, 2, 65, 32),
          "tiny, encoder": (256, 3, 17, 64), "tiny, decoder": (256, 4, 65, 32),
          "base, encoder": (16, 12, 50, 64), "base, decoder": (16, 16, 197, 32)}
-WAYS = {"fused": F.scaled_dot_product_attention, "formula": lambda q, k, v: attention_map(q, k) @ v}
+
+
+def formula(q, k, v):
+    """As deepmim.attend writes it out."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return attention_map(q, k) @ v
+
+
+WAYS = {"fused": F.scaled_dot_product_attention, "formula": formula}
 
 
 def forward_and_backward(attend, size, dtype, device):
     """A function that does both, on numbers of a size (batch, heads, tokens, width of a head)."""
-    q, k, v = torch.randn(3, *size, dtype=dtype, device=device, requires_grad=True).unbind()
-    gradient = torch.ones_like(q)
-    return lambda: attend(q, k, v).backward(gradient)
+    batch, heads, tokens, width = size
+    shape = batch, tokens, 3, heads, width  # in which a layer gives queries, keys and values
+    qkv = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+    gradient = torch.ones(size, dtype=dtype, device=device)
+    return lambda: attend(*qkv.permute(2, 0, 3, 1, 4)).backward(gradient)
 
 
 def main(argv=None):
     """Measure every size in float32 and bfloat16."""
     parser = common.parser(__doc__, rounds=7)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu", help="where it runs")
     args = parser.parse(argv)
-    device, rows = torch.device(args.device), []
+    device, rows = find_device(args.device), []
     for name, size in SIZES.items():
         for dtype in (torch.float32, torch.bfloat16):
             ways = {way: forward_and_backward(attend, size, dtype, device)

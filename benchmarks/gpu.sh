@@ -27,7 +27,7 @@ keep() {  # keep RUN: what came of it
 for what in pretrain compile optimizer; do
     if [ ! -e "$OUT/kept/$what.json" ]; then
         "$PYTHON" -m benchmarks.$what --sizes tiny --batch-size 1024 --out "$OUT/kept" \
-            || echo "$what failed" >&2
+            || [ $? != 130 ]  # a benchmark that fails stops nothing, Ctrl-C all
     fi
 done
 for method in mae deepmim; do

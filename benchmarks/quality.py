@@ -98,6 +98,7 @@ class Contestant:
         self.recipe, self.config, self.images, self.machine = recipe, config, images, machine
         self.optimizers = make_optimizers(
             self.model, recipe.optimizer, recipe.weight_decay, recipe.beta2, machine.dtype)
+        self.scaler = machine.grad_scaler()
         self.schedule = lambda step: recipe.lr
         if recipe.warmup is not None:
             self.schedule = make_schedule(recipe.lr, 1000, 1000 * recipe.warmup, 1)
@@ -122,9 +123,10 @@ class Contestant:
             noise = torch.rand(len(images), self.config.patches).to(images.device)
             with self.machine.autocast():
                 loss = self.model(images, noise)
-            (loss / len(parts)).backward()
+            self.scaler.scale(loss / len(parts)).backward()
         for optimizer in self.optimizers:
-            optimizer.step()
+            self.scaler.step(optimizer)
+        self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         self.seen += self.recipe.batch_size
 

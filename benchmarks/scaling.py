@@ -1,7 +1,7 @@
 """What a pre-training step costs as the work grows: batch, taps, image size, data set, processes.
 
     python -m benchmarks.scaling                   # 96 wide, all parts
-    python -m benchmarks.scaling --parts batch taps --sizes tiny --out benchmarks/results
+    python -m benchmarks.scaling --parts batch taps --sizes tiny
 
 A step is that of benchmarks.pretrain. Operations per second say whether the cost grows with the
 work or faster. An epoch is train.py's own, loading included. Processes are those of torchrun, on
@@ -23,6 +23,7 @@ from benchmarks import common, pretrain
 from deepmim import SIZES, Config, PixelTargets
 from support import data, options
 from support.machine import start
+from support.options import require
 from support.shapes import make_shapes
 
 TAPS = (6, 8, 10, 12)
@@ -110,8 +111,9 @@ def processes(size, batch_size, rounds, machine):
             for way in varied:
                 out = Path(place) / f"{way}-{number}"
                 seconds[way].append(second_epoch(*way, size, batch_size, machine, out))
+    seen = EPOCH // batch_size * batch_size
     return [{"processes": world, "threads_each": threads,
-             "images_per_second": common.rate(EPOCH, spent),
+             "images_per_second": common.rate(seen, spent),
              "times_one_process": common.ratio(spent, seconds[varied[0]])}
             for (world, threads), spent in seconds.items()]
 
@@ -121,16 +123,21 @@ def main(argv=None):
     parts = {name: functools.partial(steps, name) for name in ("batch", "taps", "image")}
     parts |= {"data": epochs, "processes": processes}
     parser = common.parser(__doc__, rounds=5, sizes=["nano"])
-    parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts], help="what varies")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=[*parts],
+                        help="what varies; processes on a CPU with two cores only")
     parser.add_argument("--batch-size", type=int, default=256, help="where it isn't what varies")
     args = parser.parse(argv)
+    holds = args.batch_size <= DATA_SETS[0]
+    require(holds, f"--batch-size: it must be at most {DATA_SETS[0]}, the smallest data set")
     machine, results = start(args.device, args.amp), {}
     if machine.device.type != "cpu" or os.cpu_count() < 2:
         args.parts = [part for part in args.parts if part != "processes"]
     for size in args.sizes:
         for part in args.parts:
             rows = parts[part](size, args.batch_size, args.rounds, machine)
-            title = f"{part}: {size}, {machine}, batch {args.batch_size}, median of {args.rounds}"
+            title = f"{part}: {size}, {machine}, median of {args.rounds}"
+            if part not in ("batch", "image"):  # whose rows say theirs
+                title += f", batch {args.batch_size}"
             results[f"{size}, {part}"] = common.table(title, rows)
     common.finish("scaling", args, results)
 

@@ -55,7 +55,7 @@ for step, (batch, _) in enumerate(pictures.batches(order, seed=0)):
     if step % 20 == 19:
         figure, (axis,) = figures.panels(1, "loss on hidden patches, built-in pictures", width=6)
         figures.lines(axis, {f"block {tap}": [row[i] for row in losses[9::10]]
-                             for i, tap in enumerate(small.config.taps)}, "10 steps", "loss")
+                             for i, tap in enumerate(small.config.taps)}, "steps, in tens", "loss")
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         curve.update(Image(picture.getvalue()))"""

@@ -5,10 +5,11 @@
     python -m study.recipe data/cifar10 --table                # what was found, as Markdown
 
 A tenth of the training images is held out; shapes are drawn anew. Every arm is train.py with other
-options. All get as much computing as the first arm of their preset: what an image costs beside it
-is measured in turns, and an arm whose images cost more sees fewer. Then the last decoder's loss on
-held-out images is measured, and how many of them a linear classifier of frozen mean patch tokens
-gets right, which is fitted on half of the other images. Figures go into study/recipe/ARM.json.
+options. All but those of two epochs get as much computing as the first arm of their preset: what an
+image costs beside it is measured in turns, and an arm whose images cost more sees fewer. Then the
+last decoder's loss on held-out images is measured, and how many of them a linear classifier of
+frozen mean patch tokens gets right, which is fitted on half of the other images. Figures go into
+study/recipe/ARM.json.
 """
 
 import functools
@@ -191,6 +192,7 @@ def main(argv=None):
             if of_base:
                 common.table(words, of_base)
         return
+    require(args.arms, "arms: name one or more, or say --table")
     of_shapes = [base_of(arm) == "shapes" for arm in args.arms]
     require(all(of == (args.data == "shapes") for of in of_shapes),
             "data: arms of preset shapes, and only they, need shapes")

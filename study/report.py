@@ -32,9 +32,9 @@ FIGURES = {  # of a measure over x: title, what x is, what y is
     "partial": ("only the last blocks trained", "trained blocks", "accuracy, %"),
     "reinit": ("the last blocks started again", "restarted blocks", "accuracy, %"),
     "cka": ("every block beside the last", "block", "CKA"),
-    "cross-cka": ("one block beside each of another model", "block of the other", "CKA"),
+    "cross-cka": ("block 8 beside each of another model", "block of the other model", "CKA"),
     "heads": ("attention maps of pairs of heads; lower is more diverse", "block", "similarity"),
-    "loss": ("pre-training, last decoder", "epoch", "loss on hidden patches"),
+    "loss": ("training loss of the last decoder, on its own targets", "epoch", "loss on hidden patches"),
     "block 6": ("a linear probe of block 6", "epoch", "accuracy, %"),
     "block 12": ("a linear probe of block 12", "epoch", "accuracy, %"),
 }
@@ -42,18 +42,19 @@ SUMMARY = {"probe": (6, 8, 10, 12), "nearest neighbours": (12,), "cut": (6, 12),
            "seconds": ("total",)}
 
 
-def read(path):
-    """The content of a JSON file."""
+def read(path, parse=json.loads):
+    """The content of a JSON file, or of what else `parse` knows."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: damaged ({error}); what wrote it writes it again") from None
+        raise BadInput(f"{path}: damaged or missing ({error}); run the command that wrote it "
+                       "again, a training with --no-resume") from None
 
 
 def read_log(run):
     """The records of a finished run's epochs."""
     require((run / "result.json").is_file(), f"{run}: no finished run of train.py")
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read(run / "log.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
 
 
 def equal_epochs(mae, deepmim):

@@ -50,7 +50,7 @@ def run(main):
     except torch.OutOfMemoryError:  # of a GPU
         status, line = 1, "out of the GPU's memory; to train in less, try --accumulate 2"
     except KeyboardInterrupt:
-        status, line = 130, "stopped; run the same command again to go on with training"
+        status, line = 130, "stopped; train.py and finetune.py go on when started again"
     # Before processes know one another, all fail alike, and one line is enough.
     if line and (dist.is_initialized() or os.environ.get("RANK", "0") == "0"):
         print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)

@@ -120,7 +120,7 @@ def ended(capsys, main):
     (None, 0, ""), (BadInput("--dim: 3\n\twas\ngiven"), 2, "--dim: 3 was given\n"),
     (BadInput("\udcff.png"), 2, "\\udcff.png\n"), (RunFailed("a full disk"), 1, "a full disk\n"),
     (torch.OutOfMemoryError("CUDA"), 1, "; to train in less, try --accumulate 2\n"),
-    (KeyboardInterrupt(), 130, "run the same command again to go on with training\n")])
+    (KeyboardInterrupt(), 130, "stopped; train.py and finetune.py go on when started again\n")])
 def test_a_script_ends_with_a_status_and_one_line(capsys, monkeypatch, error, status, words):
     def main():
         if error:

@@ -144,6 +144,9 @@ def test_epochs_of_equal_compute_follow_the_median_second(runs, capsys):
     assert report.equal_epochs(runs / "mae-0", runs / "deepmim-0") == 1  # and never none
     with pytest.raises(options.BadInput, match="mae-3: no finished run"):
         report.equal_epochs(runs / "mae-3", runs / "deepmim-0")
+    (runs / "mae-0/log.jsonl").unlink()
+    with pytest.raises(options.BadInput, match="mae-0/log.jsonl: damaged or missing"):
+        report.equal_epochs(runs / "mae-0", runs / "deepmim-0")
 
 
 def test_nothing_and_damaged_files_are_refused(runs, tmp_path):
@@ -217,6 +220,8 @@ def test_only_what_changes_a_step_is_timed(monkeypatch, capsys):
     for data in ("shapes", "cifar10"):
         with pytest.raises(options.BadInput, match="arms of preset shapes, and only they"):
             recipe.main([data, "shapes" if data == "cifar10" else "base"])
+    with pytest.raises(options.BadInput, match="arms: name one or more"):
+        recipe.main(["shapes"])
     recipe.main(["data/cifar10", "--table"])
     assert "| preset-warmup | --warmup-epochs 0.1 |" in capsys.readouterr().out
 
