@@ -34,7 +34,7 @@ FIGURES = {  # of a measure over x: title, what x is, what y is
     "cka": ("every block beside the last", "block", "CKA"),
     "cross-cka": ("block 8 beside each of another model", "block of the other model", "CKA"),
     "heads": ("attention maps of pairs of heads; lower is more diverse", "block", "similarity"),
-    "loss": ("training loss of the last decoder, on its own targets", "epoch", "loss on hidden patches"),
+    "loss": ("last decoder, on its own targets", "epoch", "training loss"),
     "block 6": ("a linear probe of block 6", "epoch", "accuracy, %"),
     "block 12": ("a linear probe of block 12", "epoch", "accuracy, %"),
 }
