@@ -33,7 +33,8 @@ def photograph(path=None):
     try:
         image = read_image(path or portrait, 3)
     except options.BadInput:
-        raise options.BadInput(f"--image: {path} isn't a JPEG or PNG file of 8 bits") from None
+        line = f"--image: {path} can't be read; use a JPEG or 8-bit PNG file"
+        raise options.BadInput(line) from None
     image = transforms.center_crop(image, min(image.size)) if path else image.crop(FACE)
     image = transforms.resize(image, [PATCH * LINE] * 2, data.BICUBIC)
     return data.normalize(transforms.pil_to_tensor(image)[None])

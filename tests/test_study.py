@@ -102,7 +102,7 @@ def test_bands_reach_from_the_lowest_to_the_highest_seed(runs, monkeypatch):
     monkeypatch.setattr(report.figures, "lines", lambda axis, means, x, y, bands: drawn.update(
         {y: (means, bands)}))
     reported(runs)
-    means, bands = drawn["loss on hidden patches"]
+    means, bands = drawn["training loss"]
     xs, values = means["DeepMIM, 3 seeds"]
     assert xs == [1, 2, 3] and values == pytest.approx([1.53, 0.765, 0.51])
     lows, highs = bands["DeepMIM, 3 seeds"]
