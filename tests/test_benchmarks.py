@@ -100,3 +100,12 @@ def test_a_gpu_measures_trains_tunes_and_probes_both_methods(tmp_path):
     assert tuned == [f"{run.out}/model.pt" for run in (mae, deepmim)]
     assert [str(path) for path in analyze.parse(lines[7][1:]).models] == tuned
     assert subprocess.run(call[:3], capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("status, ends", [(1, 0), (130, 1)])  # one benchmark failed; Ctrl-C
+def test_a_failed_benchmark_stops_no_training_but_ctrl_c_does(tmp_path, status, ends):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncase $2 in benchmarks.*) exit {status} ;; esac\n")
+    python.chmod(0o755)
+    call = ["bash", Path(quality.__file__).with_name("gpu.sh"), "shapes", tmp_path / "out"]
+    assert subprocess.run(call, env={**os.environ, "PYTHON": str(python)}).returncode == ends
