@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from conftest import TINY
 import analyze
 import finetune
 import train
-from benchmarks import common, peers, quality
+from benchmarks import attention, common, data, peers, quality, scaling
 from deepmim import Config, patchify, random_masking, unpatchify
+from support.machine import Machine
+from support.options import BadInput
 
 
 def test_all_take_turns_and_a_ratio_is_taken_round_by_round():
@@ -75,6 +78,8 @@ def test_a_race_of_seconds(images, tmp_path, monkeypatch):
     tiny = {**vars(TINY), "taps": (6, 8, 10, 12), "depth": 12, "batch_size": 4}
     monkeypatch.setitem(train.PRESETS, "cifar10-nano", {**train.PRESETS["cifar10-nano"], **tiny})
     monkeypatch.setattr(quality, "TURN", 0.1)
+    scaler = Mock(wraps=torch.amp.GradScaler("cpu", enabled=False))  # float16 needs it, as train.py
+    monkeypatch.setattr(Machine, "grad_scaler", lambda machine: scaler)
     quality.main(["--data", f"{images}", "--minutes", "0.02", "--out", f"{tmp_path}",
                   "--only", "ours", "ours, N / 5"])
     found = json.loads((tmp_path / "quality.json").read_text())["results"]
@@ -85,6 +90,7 @@ def test_a_race_of_seconds(images, tmp_path, monkeypatch):
     for row, curve in zip(found["rows"], found["curves"].values()):
         assert row["held_out_loss"] == round(curve[-1]["loss"], 4)
         assert 0 <= row["linear_accuracy"] <= 1
+    assert scaler.scale.called and scaler.step.call_count == 2 * scaler.update.call_count
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -109,3 +115,18 @@ def test_a_failed_benchmark_stops_no_training_but_ctrl_c_does(tmp_path, status, 
     python.chmod(0o755)
     call = ["bash", Path(quality.__file__).with_name("gpu.sh"), "shapes", tmp_path / "out"]
     assert subprocess.run(call, env={**os.environ, "PYTHON": str(python)}).returncode == ends
+
+
+def test_a_rate_counts_whole_batches_and_a_batch_fits_every_data_set(monkeypatch):
+    monkeypatch.setattr(scaling, "second_epoch", lambda *rest: 2.0)
+    rows = scaling.processes("nano", 300, 1, Machine(torch.device("cpu")))
+    assert {row["images_per_second"] for row in rows} == {450}  # three batches of 300 in 2 s
+    with pytest.raises(BadInput, match="--batch-size: it must be at most 1000"):
+        scaling.main(["--batch-size", "1001"])
+
+
+@pytest.mark.parametrize("script", [attention, data])
+def test_a_device_that_is_not_there_is_refused(script, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(BadInput, match="--device: there is no cuda device"):
+        script.main(["--device", "cuda"])
