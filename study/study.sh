@@ -2,15 +2,16 @@
 # Does deep supervision help, and in which blocks? Every command, from pre-training to the report.
 #
 #     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
-#     bash study/study.sh data/cifar10               # small: questions 1 to 7, most of a day
+#     bash study/study.sh data/cifar10               # small: questions 1 to 6, some nine hours
+#     bash study/study.sh data/cifar10 --size day    # then what takes longest, some thirteen
 #     bash study/study.sh data/cifar10 --size targets   # what decoders are asked for, seed 0
 #     bash study/study.sh data/cifar10 --size full   # preset cifar10, 100 epochs, a GPU; not tried
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
 #     bash study/study.sh data/cifar10 --print       # the commands, without running them
 #
-# DATA is what --data of the scripts takes, with classes: for small and full 50,000 training images,
-# for targets 10,000. Runs go into runs/study/SIZE, those of an hour into runs/study/hour-DATA, each
-# with its report in report/. The same command goes on after an interruption: what has a result is
+# DATA is what --data of the scripts takes, with classes: for small, day and full 50,000 training
+# images, for targets 10,000. Runs go into runs/study/SIZE, those of a day into small's, those of an
+# hour into runs/study/hour-DATA, each with its report in report/. The same command goes on after an interruption: what has a result is
 # skipped, even if other options made it, and a run that was cut continues. What is there after an
 # early stop is a smaller study: seed 0, then seed 1, and so on.
 # PYTHON=… names another python.
@@ -50,6 +51,7 @@ TRAIN="--preset cifar10-nano" TUNE="--preset cifar10-nano --epochs 5"
 case $SIZE in
     hour) SEEDS=0 RUNS+=-$(basename "$DATA") ;;
     small) ;;
+    day) RUNS=runs/study/small ;;
     targets) EPOCHS=2 ;;
     full) TRAIN="--preset cifar10 --compile" TUNE="--preset cifar10" EPOCHS=100 EVERY=10 ;;
     smoke)
@@ -58,7 +60,7 @@ case $SIZE in
         TUNE="--batch-size 20 --epochs 1"
         SEEDS=0 EPOCHS=2 LABELS=20 MANY=40
         CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" ;;
-    *) fail "--size is hour, small, targets, full or smoke, not '$SIZE'" ;;
+    *) fail "--size is hour, small, day, targets, full or smoke, not '$SIZE'" ;;
 esac
 if [ "$DATA" = shapes ] && [ $MANY = 50000 ]; then MANY=10000; fi  # there are no more
 
@@ -153,12 +155,8 @@ for seed in $SEEDS; do
     others=shallow
     train shallow $seed $DEEP --decoder-depth 1
     if [ $seed = 0 ]; then
-        others='shallow hybrid mae-long'
+        others='shallow hybrid'
         train hybrid 0 $DEEP --teacher $RUNS/$mae
-        # As many epochs of MAE as cost what DeepMIM's did, by the seconds in both logs.
-        ask=("$PYTHON" -m study.report --equal-epochs "$RUNS/mae-0" "$RUNS/deepmim-0")
-        if [ "$PRINT" ]; then equal="\$(${ask[*]})"; else equal=$("${ask[@]}"); fi
-        train mae-long 0 --method mae --epochs "$equal"
         for arm in mae deepmim; do
             kept=$(seq -f "$arm-0/epoch-%g.pt" $EVERY $EVERY $EPOCHS)
             look $arm-0/epochs blocks $kept
@@ -181,6 +179,8 @@ if [ "$SEEDS" != 0 ]; then
         look seeds-$arm cross-cka $arm-0/model.pt $arm-1/model.pt
     done
 fi
+if [ $SIZE = small ]; then report; exit; fi
+
 # What DeepMIM's parts are worth, and AdamW at the same steps.
 ablation=()
 for taps in $TAPS; do
@@ -191,16 +191,22 @@ train mae-adamw 0 --method mae --optimizer adamw --lr 1e-3
 train deepmim-adamw 0 $DEEP --optimizer adamw --lr 1e-3
 look ablation-0 blocks "${ablation[@]}" mae-adamw-0/model.pt deepmim-adamw-0/model.pt
 for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
-# DeepMIM for as many epochs as mae-long.
-train deepmim-long 0 $DEEP --epochs "$equal"
-look long-0 blocks deepmim-long-0/model.pt
-tune deepmim-long 0 cut-${CUT##* } --keep-blocks ${CUT##* }
-# The other seeds of what takes longest.
-for seed in ${SEEDS#0}; do
-    for arm in mae deepmim; do parts $arm $seed; done
+
+# As many epochs of MAE as cost what DeepMIM's did, by the seconds in both logs, and of DeepMIM as
+# many as that. Then the other seeds of what takes longest.
+ask=("$PYTHON" -m study.report --equal-epochs "$RUNS/mae-0" "$RUNS/deepmim-0")
+if [ "$PRINT" ]; then equal="\$(${ask[*]})"; else equal=$("${ask[@]}"); fi
+for seed in $SEEDS; do
     train mae-long $seed --method mae --epochs "$equal"
-    train hybrid $seed $DEEP --teacher $RUNS/mae-$seed/model.pt
-    for arm in mae-long hybrid; do
+    if [ $seed = 0 ]; then
+        others='mae-long deepmim-long'
+        train deepmim-long 0 $DEEP --epochs "$equal"
+    else
+        others='mae-long hybrid'
+        train hybrid $seed $DEEP --teacher $RUNS/mae-$seed/model.pt
+        for arm in mae deepmim; do parts $arm $seed; done
+    fi
+    for arm in $others; do
         look $arm-$seed/probe blocks $arm-$seed/model.pt
         tune $arm $seed cut-${CUT##* } --keep-blocks ${CUT##* }
     done

@@ -170,7 +170,12 @@ def test_the_study_of_an_hour_is_one_seed_of_two_methods():
         "random-0", "mae-0", "deepmim-0", "compare-0", "report"]
 
 
-@pytest.mark.parametrize("size", ["hour", "small", "targets", "full"])
+def test_a_day_begins_with_what_small_runs():
+    small, day = (commands("shapes", "--size", size) for size in ("small", "day"))
+    assert day[:len(small) - 1] == small[:-1] and day[-1] == small[-1]
+
+
+@pytest.mark.parametrize("size", ["hour", "small", "day", "targets", "full"])
 def test_the_scripts_take_every_command(size, tmp_path):
     for line in commands(tmp_path, "--size", size):
         _, script, *arguments = shlex.split(re.sub(r"\$\(.*\)", "9", line))
