@@ -1,16 +1,17 @@
-"""What a frozen prefix saves in fine-tuning, and how fast a step is beside timm's ViT.
+"""What frozen blocks save in fine-tuning, beside timm's ViT, and what a shorter encoder saves.
 
     pip install -r benchmarks/requirements.txt     # for timm; without it only ours is measured
     python -m benchmarks.finetune                  # 96 wide, batch 128
     python -m benchmarks.finetune --sizes nano tiny --out benchmarks/results
 
-Both train the last K blocks and all above them, in finetune.py's loop, with AdamW and the same loss
-and images. Only the model differs; timm's has the same weights by name and shape, and the faster of
-the two kinds of attention that it offers.
+Ours and timm's train the last K blocks and all above them, in finetune.py's loop, with AdamW and
+the same loss and images. Only the model differs; timm's has the same weights by name and shape, and
+the faster of the two kinds of attention that it offers.
 """
 
 import functools
 import statistics
+from dataclasses import replace
 
 import finetune
 from benchmarks import common
@@ -27,6 +28,8 @@ except ImportError:
 
 TRAINABLE = (0, 1, 2, 4, 8, 12)
 STEPS = 2  # in a round
+KEPT = (6, 8, 10, 12)
+IMAGES = 1000  # to classify
 
 
 def layer_name(name):
@@ -102,13 +105,31 @@ def compare(size, batch_size, rounds, machine):
     return common.table(title, rows)
 
 
+def compare_depths(size, rounds, machine):
+    """Measure what encoders cut off after KEPT blocks take to classify: a table."""
+    config, ways = Config(**SIZES[size]), {}
+    pixels, labels = make_shapes(IMAGES, "benchmark", side=config.image_size)
+    images = data.InMemory(pixels, labels, list(FIGURES), config.image_size, machine.device)
+    for kept in KEPT:
+        cut = replace(config, depth=kept, taps=(kept,))
+        model = finetune.Classifier(cut, len(FIGURES)).to(machine.device)
+        ways[kept] = functools.partial(finetune.evaluate, model, images, machine)
+    seconds = common.take_turns(ways, rounds, machine.device)
+    rows = [{"blocks_kept": kept, "images/s": common.rate(IMAGES, seconds[kept]),
+             "time_over_all": common.ratio(seconds[kept], seconds[KEPT[-1]])} for kept in KEPT]
+    return common.table(f"{size}, {machine}, classifying {IMAGES} images", rows)
+
+
 def main(argv=None):
     """Measure every size."""
     parser = common.parser(__doc__, rounds=5, sizes=["nano"])
     parser.add_argument("--batch-size", type=int, default=128, help="images per step")
     args = parser.parse(argv)
     machine = start(args.device, args.amp)
-    results = {size: compare(size, args.batch_size, args.rounds, machine) for size in args.sizes}
+    results = {}
+    for size in args.sizes:
+        results[size] = compare(size, args.batch_size, args.rounds, machine)
+        results[f"{size}, cut off"] = compare_depths(size, args.rounds, machine)
     common.finish("finetune", args, results)
 
 

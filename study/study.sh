@@ -3,7 +3,7 @@
 #
 #     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
 #     bash study/study.sh data/cifar10               # small: questions 1 to 6, some nine hours
-#     bash study/study.sh data/cifar10 --size day    # then what takes longest, some thirteen
+#     bash study/study.sh data/cifar10 --size day    # then what takes longest, some fourteen
 #     bash study/study.sh data/cifar10 --size targets   # what decoders are asked for, seed 0
 #     bash study/study.sh data/cifar10 --size full   # preset cifar10, 100 epochs, a GPU; not tried
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
@@ -11,9 +11,9 @@
 #
 # DATA is what --data of the scripts takes, with classes: for small, day and full 50,000 training
 # images, for targets 10,000. Runs go into runs/study/SIZE, those of a day into small's, those of an
-# hour into runs/study/hour-DATA, each with its report in report/. The same command goes on after an interruption: what has a result is
-# skipped, even if other options made it, and a run that was cut continues. What is there after an
-# early stop is a smaller study: seed 0, then seed 1, and so on.
+# hour into runs/study/hour-DATA, each with its report in report/. The same command goes on after an
+# interruption: what has a result is skipped, even if other options made it, and a run that was cut
+# continues. What is there after an early stop is a smaller study: seed 0, then seed 1, and so on.
 # PYTHON=… names another python.
 set -euo pipefail
 
@@ -192,15 +192,16 @@ train deepmim-adamw 0 $DEEP --optimizer adamw --lr 1e-3
 look ablation-0 blocks "${ablation[@]}" mae-adamw-0/model.pt deepmim-adamw-0/model.pt
 for arm in mae deepmim; do tune $arm 0 labels-$MANY --limit $MANY; done
 
-# As many epochs of MAE as cost what DeepMIM's did, by the seconds in both logs, and of DeepMIM as
-# many as that. Then the other seeds of what takes longest.
+# As many epochs of MAE as cost what DeepMIM's did, by the seconds in both logs, and of DeepMIM with
+# both depths of decoders as many as that. Then the other seeds of what takes longest.
 ask=("$PYTHON" -m study.report --equal-epochs "$RUNS/mae-0" "$RUNS/deepmim-0")
 if [ "$PRINT" ]; then equal="\$(${ask[*]})"; else equal=$("${ask[@]}"); fi
 for seed in $SEEDS; do
     train mae-long $seed --method mae --epochs "$equal"
     if [ $seed = 0 ]; then
-        others='mae-long deepmim-long'
+        others='mae-long deepmim-long shallow-long'
         train deepmim-long 0 $DEEP --epochs "$equal"
+        train shallow-long 0 $DEEP --decoder-depth 1 --epochs "$equal"
     else
         others='mae-long hybrid'
         train hybrid $seed $DEEP --teacher $RUNS/mae-$seed/model.pt

@@ -209,7 +209,7 @@ def test_the_smallest_study_fills_the_table_and_every_picture(monkeypatch, tmp_p
     report.main(shlex.split(last)[3:])
     content = json.loads(Path("runs/study/smoke/report/study.json").read_text())
     assert {row["arm"] for row in content["numbers"]} == {
-        *report.ARMS, "taps-1-3", "depth-2", "mae-adamw", "deepmim-adamw"}
+        *report.ARMS, "taps-1-3", "depth-2", "mae-adamw", "deepmim-adamw", "shallow-long"}
     drawn = {path.stem for path in Path("runs/study/smoke/report").glob("*.png")}
     assert drawn == {f"study-{name.replace(' ', '-')}" for name in report.FIGURES}
 
