@@ -31,6 +31,8 @@ FIGURES = {  # of a measure over x: title, what x is, what y is
     "cut": ("fine-tuned after being cut off", "blocks left", "accuracy, %"),
     "partial": ("only the last blocks trained", "trained blocks", "accuracy, %"),
     "reinit": ("the last blocks started again", "restarted blocks", "accuracy, %"),
+    "cut-12 by epoch": ("fine-tuned on 10,000 labels", "epoch", "accuracy, %"),
+    "labels-50000 by epoch": ("fine-tuned on 50,000 labels", "epoch", "accuracy, %"),
     "cka": ("every block beside the last", "block", "CKA"),
     "cross-cka": ("block 8 beside each of another model", "block of the other model", "CKA"),
     "heads": ("attention maps of pairs of heads; lower is more diverse", "block", "similarity"),
@@ -53,7 +55,7 @@ def read(path, parse=json.loads):
 
 def read_log(run):
     """The records of a finished run's epochs."""
-    require((run / "result.json").is_file(), f"{run}: no finished run of train.py")
+    require((run / "result.json").is_file(), f"{run}: no finished run")
     return read(run / "log.jsonl", lambda text: [json.loads(line) for line in text.splitlines()])
 
 
@@ -88,6 +90,10 @@ def of_tuning(root):
             continue
         yield arm, seed, measure, int(k), 100 * found["val_accuracy"]
         yield arm, seed, f"{measure}, seconds to classify", int(k), found["val_seconds"]
+        curve = f"{result.parent.name} by epoch"
+        if curve in FIGURES:
+            for record in read_log(result.parent):
+                yield arm, seed, curve, record["epoch"], 100 * record["val_accuracy"]
 
 
 def of_analyses(root):

@@ -57,7 +57,7 @@ case $SIZE in
     smoke)
         SHAPE="--dim 16 --depth 3 --heads 2" DEEP="--taps 1,2,3" SOME="--images 20"
         TRAIN="--decoder-dim 8 --decoder-heads 2 --limit 40 --batch-size 20"
-        TUNE="--batch-size 20 --epochs 1"
+        TUNE="--batch-size 20 --epochs 2"
         SEEDS=0 EPOCHS=2 LABELS=20 MANY=40
         CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" ;;
     *) fail "--size is hour, small, day, targets, full or smoke, not '$SIZE'" ;;

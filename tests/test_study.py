@@ -53,6 +53,8 @@ def runs(tmp_path):
         analysed(tmp_path / f"compare-{seed}", "blocks", models, "models", probes)
         cka = [{"with_last": [0.5 + seed / 10, 1.0]}, {"with_last": [None, 1.0]}]
         analysed(tmp_path / f"compare-{seed}", "cka", models, "models", cka)
+    curve = [{"epoch": 1, "val_accuracy": 0.3}, {"epoch": 2, "val_accuracy": 0.5}]
+    save(tmp_path / "mae-0/labels-50000", {"val_accuracy": 0.5, "val_seconds": 1}, curve)
     save(tmp_path / "tuned-0", {"val_accuracy": 0.5}, [{"train_loss": 1}])  # of no study
     save(tmp_path / "mae-0/linear-probe", {"val_accuracy": 0.5, "val_seconds": 2})
     models = [f"{arm}-0/model.pt" for arm in ("mae-hog", "deepmim-hog")]
@@ -86,14 +88,15 @@ def test_every_number_is_found_once(runs):
         ("deepmim", "0", "cka", 1): None, ("mae", "0", "block 1", 2): 20,
         ("mae", "0", "block 2", 1): 20, ("mae, another seed", "1", "cross-cka", 2): 0.6,
         ("deepmim", "1", "probe, margin", 2): -1, ("deepmim", "2", "probe, margin", 1): 0,
-        ("deepmim-hog", "0", "probe, margin", 2): 10, ("mae-hog", "0", "probe, margin", 2): 10}
+        ("deepmim-hog", "0", "probe, margin", 2): 10, ("mae-hog", "0", "probe, margin", 2): 10,
+        ("mae", "0", "labels-50000 by epoch", 1): 30, ("mae", "0", "labels", 50000): 50}
     assert {key: numbers[key] for key in expected} == pytest.approx(expected)
     assert "| DeepMIM | 3 |" in text and "| 44.0 (40.0 … 49.0) |" in text
     assert "| 0.500 (0.500 … 0.500) | 72 (71 … 73) |" in text
     assert "by block: 1: +0.0 (+0.0 … +0.0) · 2: +2.0 (-1.0 … +4.0)" in text
     shown = {path.name for path in (runs / "report").glob("*.png")}
     assert shown == {f"study-{name}.png" for name in (
-        "probe", "nearest-neighbours", "cka", "cross-cka", "loss")}
+        "probe", "nearest-neighbours", "cka", "cross-cka", "loss", "labels-50000-by-epoch")}
     assert all(name in text for name in shown)
 
 
@@ -195,9 +198,14 @@ def test_the_smallest_study_fills_the_table_and_every_picture(monkeypatch, tmp_p
     """All printed commands in one process, on a few pictures."""
     parts = [shapes.Part(*shapes.make_shapes(n, "test"), list(shapes.FIGURES)) for n in (80, 20)]
     monkeypatch.setattr(shapes, "make_parts", lambda: parts)
-    monkeypatch.setattr(report, "FIGURES", {
-        name.replace("block 6", "block 1").replace("block 12", "block 3"): value
-        for name, value in report.FIGURES.items()})
+    smaller = {"block 6": "block 1", "block 12": "block 3", "cut-12": "cut-3",
+               "labels-50000": "labels-40"}
+    names = {}
+    for name, value in report.FIGURES.items():
+        for large, small in smaller.items():
+            name = name.replace(large, small)
+        names[name] = value
+    monkeypatch.setattr(report, "FIGURES", names)
     monkeypatch.chdir(tmp_path)
     *lines, last = commands("shapes", "--size", "smoke")
     for command in lines:
