@@ -116,8 +116,9 @@ def compare_depths(size, rounds, machine):
         ways[kept] = functools.partial(finetune.evaluate, model, images, machine)
     seconds = common.take_turns(ways, rounds, machine.device)
     rows = [{"blocks_kept": kept, "images/s": common.rate(IMAGES, seconds[kept]),
-             "time_over_all": common.ratio(seconds[kept], seconds[KEPT[-1]])} for kept in KEPT]
-    return common.table(f"{size}, {machine}, classifying {IMAGES} images", rows)
+             "time_over_all": common.ratio(seconds[kept], seconds[config.depth])} for kept in KEPT]
+    title = f"{size}, {machine}, classifying {IMAGES} images, median of {rounds} rounds"
+    return common.table(title, rows)
 
 
 def main(argv=None):

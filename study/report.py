@@ -21,6 +21,7 @@ ARMS = {  # in the order of tables and colours
     "mae": "MAE", "deepmim": "DeepMIM", "hybrid": "DeepMIM, hybrid targets",
     "shallow": "DeepMIM, decoders of one block", "mae-long": "MAE, DeepMIM's compute",
     "deepmim-long": "DeepMIM, as many epochs as that",
+    "shallow-long": "decoders of one block, as many",
     "mae-hog": "MAE, HOG", "deepmim-hog": "DeepMIM, HOG",
     "mae-features": "MAE, features", "deepmim-features": "DeepMIM, features",
     "mae-labels": "MAE, fine-tuned features", "deepmim-labels": "DeepMIM, fine-tuned features",
@@ -90,10 +91,10 @@ def of_tuning(root):
             continue
         yield arm, seed, measure, int(k), 100 * found["val_accuracy"]
         yield arm, seed, f"{measure}, seconds to classify", int(k), found["val_seconds"]
-        curve = f"{result.parent.name} by epoch"
-        if curve in FIGURES:
+        by_epoch = f"{result.parent.name} by epoch"
+        if by_epoch in FIGURES:
             for record in read_log(result.parent):
-                yield arm, seed, curve, record["epoch"], 100 * record["val_accuracy"]
+                yield arm, seed, by_epoch, record["epoch"], 100 * record["val_accuracy"]
 
 
 def of_analyses(root):
@@ -152,7 +153,7 @@ def curve(of_x):
 
 def baseline(arm, arms):
     """The arm that one is compared with: MAE, of the same targets where there is such an arm."""
-    mae = arm.replace("deepmim", "mae")  # mae-hog of deepmim-hog
+    mae = arm.replace("deepmim", "mae").replace("shallow", "mae")  # mae-hog of deepmim-hog
     return mae if mae != arm and mae in arms else "mae"
 
 

@@ -2,8 +2,8 @@
 # Does deep supervision help, and in which blocks? Every command, from pre-training to the report.
 #
 #     bash study/study.sh data/cifar10 --size hour   # one seed, MAE and DeepMIM, blocks
-#     bash study/study.sh data/cifar10               # small: questions 1 to 6, some nine hours
-#     bash study/study.sh data/cifar10 --size day    # then what takes longest, some fourteen
+#     bash study/study.sh data/cifar10               # small: most of questions 1 to 6, nine hours
+#     bash study/study.sh data/cifar10 --size day    # then the rest of 1 to 7, some 14 more
 #     bash study/study.sh data/cifar10 --size targets   # what decoders are asked for, seed 0
 #     bash study/study.sh data/cifar10 --size full   # preset cifar10, 100 epochs, a GPU; not tried
 #     bash study/study.sh shapes --size smoke        # minutes, to try it; its numbers mean nothing
@@ -62,6 +62,7 @@ case $SIZE in
         CUT="2 3" PARTIAL="1 3" REINIT="1 2" TAPS="1,3" ;;
     *) fail "--size is hour, small, day, targets, full or smoke, not '$SIZE'" ;;
 esac
+LAST=${CUT##* }
 if [ "$DATA" = shapes ] && [ $MANY = 50000 ]; then MANY=10000; fi  # there are no more
 
 if [ "$PRINT" ]; then
@@ -98,6 +99,10 @@ look() {  # look OUT COMMAND MODEL …, in $RUNS
         --out "$RUNS/$1"
 }
 
+whole() {  # whole ARM SEED: fine-tune the whole encoder
+    tune $1 $2 cut-$LAST --keep-blocks $LAST
+}
+
 parts() {  # parts ARM SEED: fine-tune the last blocks only, or start them again at random
     for k in $PARTIAL; do tune $1 $2 partial-$k --trainable-blocks $k; done
     for k in $REINIT; do tune $1 $2 reinit-$k --reinit-blocks $k; done
@@ -115,16 +120,16 @@ random() {
 # Each target with one decoder and with four. Teachers are the MAE and, as an upper bound, the same
 # fine-tuned on labels.
 if [ $SIZE = targets ] || [ $SIZE = smoke ]; then
-    last=${CUT##* } mae=$RUNS/mae-0 arms='random mae deepmim' models=()
+    mae=$RUNS/mae-0 arms='random mae deepmim' models=()
     random 0
     train mae 0 --method mae --keep-every $EVERY
     train deepmim 0 $DEEP --keep-every $EVERY
-    tune mae 0 cut-$last --keep-blocks $last
+    whole mae 0
     for target in hog features labels; do
         case $target in
             hog) asked="--target hog" ;;
             features) asked="--target features --teacher $mae/model.pt" ;;
-            labels) asked="--target features --teacher $mae/cut-$last/model.pt" ;;
+            labels) asked="--target features --teacher $mae/cut-$LAST/model.pt" ;;
         esac
         train mae-$target 0 --method mae $asked
         train deepmim-$target 0 $DEEP $asked
@@ -132,7 +137,7 @@ if [ $SIZE = targets ] || [ $SIZE = smoke ]; then
     done
     train hybrid 0 $DEEP --teacher $mae/model.pt
     for arm in $arms hybrid; do
-        tune $arm 0 cut-$last --keep-blocks $last; models+=("$arm-0/model.pt")
+        whole $arm 0; models+=("$arm-0/model.pt")
     done
     look targets blocks "${models[@]}"
 fi
@@ -144,7 +149,7 @@ for seed in $SEEDS; do
     train mae $seed --method mae --keep-every $EVERY
     train deepmim $seed $DEEP --keep-every $EVERY
     look compare-$seed blocks $mae $deepmim random-$seed/model.pt
-    if [ $SIZE = hour ]; then continue; fi
+    if [ $SIZE = hour ]; then report; exit; fi
 
     for arm in mae deepmim; do
         for k in $CUT; do tune $arm $seed cut-$k --keep-blocks $k; done
@@ -152,10 +157,10 @@ for seed in $SEEDS; do
     look compare-$seed cka $mae $deepmim random-$seed/model.pt
     look compare-$seed heads $mae $deepmim random-$seed/model.pt
     look compare-$seed cross-cka $mae $deepmim
-    others=shallow
+    others=(shallow)
     train shallow $seed $DEEP --decoder-depth 1
     if [ $seed = 0 ]; then
-        others='shallow hybrid'
+        others+=(hybrid)
         train hybrid 0 $DEEP --teacher $RUNS/$mae
         for arm in mae deepmim; do
             kept=$(seq -f "$arm-0/epoch-%g.pt" $EVERY $EVERY $EPOCHS)
@@ -163,15 +168,10 @@ for seed in $SEEDS; do
             parts $arm 0
         done
     fi
-    models=()
-    for arm in $others; do models+=("$arm-$seed/model.pt"); done
-    look others-$seed blocks "${models[@]}"
-    for arm in random $others; do
-        tune $arm $seed cut-${CUT##* } --keep-blocks ${CUT##* }
-    done
+    look others-$seed blocks "${others[@]/%/-$seed/model.pt}"
+    for arm in random "${others[@]}"; do whole $arm $seed; done
     report
 done
-if [ $SIZE = hour ]; then report; exit; fi
 
 # The yardstick for CKA: two encoders of one method that differ only by chance.
 if [ "$SEEDS" != 0 ]; then
@@ -209,7 +209,7 @@ for seed in $SEEDS; do
     fi
     for arm in $others; do
         look $arm-$seed/probe blocks $arm-$seed/model.pt
-        tune $arm $seed cut-${CUT##* } --keep-blocks ${CUT##* }
+        whole $arm $seed
     done
 done
 report
